@@ -1,0 +1,97 @@
+"""Every setting of a flock in one place: default, unit, and what a change trades."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The settings of `flock_ray.init`. Times are in seconds. They are fixed for the flock's life and equal on all nests.
+
+    Attributes:
+        call_timeout: how long a call waits for its answer when it gives no `timeout`. Shorter finds trouble sooner and gives up
+            on slow methods; `None` waits for ever.
+        settle: how long a change of the view must last before birds move. Longer moves less in a burst of changes; shorter
+            fails over sooner.
+        moves_in_flight: how many running birds a nest pulls to itself at a time. More moves faster and loads the node more.
+        bootstrap_wait: how long a booting nest that hears no other waits before it acts alone. Longer is safer where the
+            network comes up slowly; shorter boots sooner when the head node cannot say who else there is.
+        nest_grace: how long birds go on without a nest on their node, and how long its peers wait for its next life. Longer
+            survives slower restarts; shorter fails over sooner when a nest cannot come back. Ray restarts one in about 2 s.
+        retry_interval: how long a request to another nest waits for its answer before it is sent again.
+        sync_interval: how often a nest compares digests with one peer, with jitter. Shorter mends lost messages sooner.
+        lookup_timeout: how long other nests are asked for a name unknown here before `BirdNotFound`.
+        context_horizon: how long a dead nest's dots are remembered. A nest out of contact for half of it joins as new.
+        probe_interval, probe_timeout: SWIM's. Shorter finds a death sooner and costs packets; too short invites false suspicion.
+        join_interval: how often all addresses ever seen are joined anew, so that a long split heals by itself.
+        backoff_initial, backoff_max: the pause before a crashed bird is hatched again doubles from one to the other, with jitter.
+        minority: `"run"`: a side of a split with less than half of the last whole view hatches the other's birds too; `"pause"`:
+            it goes on only with those it held. Availability against fewer second lives.
+        max_birds: how many birds a nest admits; the rest is `pending`. `None`: no limit.
+        min_free_memory: the fraction of a node's memory that must be free for its nest to admit birds. 0 admits always.
+        start_argument_limit: bytes of pickled arguments `start` takes: they are replicated to every node.
+    """
+
+    call_timeout: float | None = 30.0
+    settle: float = 0.25
+    moves_in_flight: int = 16
+    bootstrap_wait: float = 5.0
+    nest_grace: float = 10.0
+    retry_interval: float = 0.5
+    sync_interval: float = 2.0
+    lookup_timeout: float = 2.0
+    context_horizon: float = 7 * 86400.0
+    probe_interval: float = 0.3
+    probe_timeout: float = 0.15
+    join_interval: float = 2.0
+    backoff_initial: float = 0.1
+    backoff_max: float = 5.0
+    minority: str = "run"
+    max_birds: int | None = None
+    min_free_memory: float = 0.02
+    start_argument_limit: int = 1_000_000
+
+    def __post_init__(self) -> None:
+        optional = {"call_timeout", "max_birds"}
+        may_be_zero = {"settle", "bootstrap_wait", "min_free_memory"}
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if setting.name == "minority":
+                if value not in ("run", "pause"):
+                    raise ValueError(f'minority must be "run" or "pause", not {value!r}')
+            elif value is None and setting.name in optional:
+                continue
+            elif isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{setting.name} must be a number, not {value!r}")
+            elif not (value >= 0 if setting.name in may_be_zero else value > 0):
+                raise ValueError(f"{setting.name} must be {'at least' if setting.name in may_be_zero else 'more than'} 0, not {value!r}")
+        for setting_name in ("moves_in_flight", "max_birds", "start_argument_limit"):
+            value = getattr(self, setting_name)
+            if value is not None and not isinstance(value, int):
+                raise ValueError(f"{setting_name} must be a whole number, not {value!r}")
+        if self.min_free_memory >= 1:
+            raise ValueError(f"min_free_memory is a fraction below 1, not {self.min_free_memory!r}")
+        if self.backoff_max < self.backoff_initial:
+            raise ValueError(f"backoff_max ({self.backoff_max}) must not be below backoff_initial ({self.backoff_initial})")
+
+    def with_settings(self, **settings: Any) -> Config:
+        """This configuration with some settings changed.
+
+        Raises:
+            TypeError: a setting is unknown; the message names it and the nearest known one.
+            ValueError: a value is impossible.
+        """
+        check_known("setting of init", settings, [setting.name for setting in fields(self)])
+        return replace(self, **settings)
+
+
+def check_known(kind: str, given: dict[str, Any], known: list[str]) -> None:
+    """Refuses keywords that are not known, naming the first and what was probably meant."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+            raise TypeError(f"{key!r} is no {kind}{hint}")

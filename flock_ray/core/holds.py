@@ -1,0 +1,101 @@
+"""What this nest holds: lives that run, start, end or wait to start again, and records of lives released (H1 counts them all)."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from flock_ray.core.events import Envelope, Held, Release, Released
+from flock_ray.specs import Dot, Life, Name, Spec
+
+
+class Phase(enum.Enum):
+    """Where a life is on its way; `core/registry.py` has the picture."""
+
+    STARTING = "starting"
+    RUNNING = "running"
+    ENDING = "ending"
+    BACKOFF = "restarting"
+
+
+@dataclass(slots=True)
+class BirdLife:
+    """A life of a dot at this nest. `born` is the incarnation it was hatched with and names its process; `incarnation` may be raised."""
+
+    name: Name
+    dot: Dot
+    spec: Spec
+    born: int
+    incarnation: int
+    phase: Phase
+    host: str = ""
+    restarts: int = 0
+    crashes: int = 0
+    error: str = ""
+    running_since: float = 0.0
+    due: float = 0.0
+    source: Released | None = None  # what it takes over, kept until it runs
+    keep: bool = False
+    reason: str = ""
+    restart_after: bool = False
+    askers: dict[Life, tuple[Envelope, Release]] = field(default_factory=dict)
+
+
+class Holds:
+    """Lives and records by dot and by name."""
+
+    def __init__(self) -> None:
+        self.lives: dict[Dot, BirdLife] = {}
+        self.records: dict[Dot, Released] = {}
+        self._by_name: dict[Name, set[Dot]] = {}
+
+    def names(self) -> Iterable[Name]:
+        return tuple(self._by_name)
+
+    def dots(self, name: Name) -> tuple[Dot, ...]:
+        return tuple(self._by_name.get(name, ()))
+
+    def of(self, name: Name) -> list[Held]:
+        """All holds of a name, as a barrier answer reports them."""
+        held = []
+        for dot in self.dots(name):
+            life, record = self.lives.get(dot), self.records.get(dot)
+            if life is not None:
+                held.append(Held(name, dot, life.incarnation, True))
+            elif record is not None:
+                held.append(Held(name, dot, record.incarnation, False))
+        return held
+
+    def life(self, dot: Dot, born: int) -> BirdLife | None:
+        life = self.lives.get(dot)
+        return life if life is not None and life.born == born else None
+
+    def lives_of(self, name: Name) -> list[BirdLife]:
+        return [self.lives[dot] for dot in self.dots(name) if dot in self.lives]
+
+    def begin(self, life: BirdLife) -> None:
+        self.lives[life.dot] = life
+        self._by_name.setdefault(life.name, set()).add(life.dot)
+
+    def end(self, life: BirdLife) -> None:
+        del self.lives[life.dot]
+        self._tidy(life.name, life.dot)
+
+    def keep(self, name: Name, record: Released) -> None:
+        """Keeps a record, unless a later one of the dot is kept."""
+        kept = self.records.get(record.dot)
+        if kept is None or record.order > kept.order:
+            self.records[record.dot] = record
+        self._by_name.setdefault(name, set()).add(record.dot)
+
+    def drop(self, name: Name, dot: Dot) -> None:
+        self.records.pop(dot, None)
+        self._tidy(name, dot)
+
+    def _tidy(self, name: Name, dot: Dot) -> None:
+        if dot not in self.lives and dot not in self.records:
+            dots = self._by_name.get(name, set())
+            dots.discard(dot)
+            if not dots:
+                self._by_name.pop(name, None)

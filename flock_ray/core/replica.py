@@ -1,0 +1,251 @@
+"""A nest's copy of the flock: specs, status records and node records as one joinable whole, and the code the specs need.
+
+The set maps a name to dots, and a dot to a `Record`: the spec, which never changes, and the status, of which the later is kept. So a
+removed dot takes its status along, and one digest covers both. Node records are facts of a nest life and only ever added.
+
+Rules kept here: S4 (the winner is chosen when reading), S5 (code once, by digest, gone with its last spec), S6 (status order).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import TypeVar
+
+from flock_ray.core.aworset import AWORSet, Change, Context, Delta, Pairs, Part
+from flock_ray.specs import Dot, Life, Name, NodeRecord, Spec, Stamp, Status, name_hash
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is known of one dot."""
+
+    spec: Spec
+    status: Status | None = None
+
+    def join(self, other: Record) -> Record:
+        """The later status wins; specs of one dot are equal."""
+        if other.status is None or (self.status is not None and self.status.order >= other.status.order):
+            return self
+        return Record(self.spec, other.status)
+
+    def fingerprint(self) -> object:
+        return None if self.status is None else self.status.order
+
+    def shared(self) -> Record:
+        """The same with its common parts shared with other records.
+
+        What comes in messages has copies of its own of everything: 2.5 KB a name were measured without this, 1.0 KB with it.
+        """
+        spec, status = self.spec, self.status
+        kind = _common((spec.module, spec.qualname, spec.code, spec.options, spec.runtime_env))
+        module, qualname, code, options, runtime_env = kind
+        spec = Spec(module, qualname, code, spec.args, options, runtime_env, spec.stamp, spec.request_id)
+        if status is not None:
+            status = replace(status, life=_common(status.life), state=_common(status.state))
+        return Record(spec, status)
+
+
+@lru_cache(maxsize=1024)
+def _common(value: T) -> T:
+    """The first value that was equal to this one. Bounded, for lives and classes come and go; a miss costs memory only."""
+    return value
+
+
+def _shared(entries: Mapping[Name, Pairs[Record]]) -> dict[Name, Pairs[Record]]:
+    return {
+        name: tuple((Dot(_common(dot.life), dot.counter), record.shared()) for dot, record in pairs)
+        for name, pairs in entries.items()
+    }
+
+
+RecordChange = Change[Name, Record]
+RecordDelta = Delta[Name, Record]
+RecordPart = Part[Name, Record]
+
+
+@dataclass(slots=True)
+class Update:
+    """What one replica tells another: a delta, the code it needs first, and node records."""
+
+    delta: RecordDelta = field(default_factory=Delta)
+    code: dict[str, bytes] = field(default_factory=dict)
+    nodes: tuple[NodeRecord, ...] = ()
+
+
+@dataclass(slots=True)
+class Content:
+    """All that one replica holds of some names at one instant, and the code of their specs."""
+
+    part: RecordPart
+    code: dict[str, bytes]
+
+
+class Replica:
+    """The joinable whole. Mutations return the changes they made."""
+
+    def __init__(self) -> None:
+        self.birds: AWORSet[Name, Record] = AWORSet(name_hash, Record.join, Record.fingerprint)
+        self.nodes: dict[Life, NodeRecord] = {}
+        self.code: dict[str, bytes] = {}
+        self.had_cpus = False  # did any node ever offer CPUs? (P1)
+        self.placed: dict[Dot, Name] = {}  # what is placed by resources (P2)
+        self.version = 0  # grows when the placement of those may change
+        self.latest_stamp = Stamp(0, 0)  # of any spec seen, for the hybrid logical clock
+        self._users: Counter[str] = Counter()  # specs by code digest
+        self._adders: Counter[Life] = Counter()  # entries by the life that added them
+
+    # Reading
+
+    def records(self, name: Name) -> Pairs[Record]:
+        return self.birds.get(name)
+
+    def record(self, name: Name, dot: Dot) -> Record | None:
+        return self.birds.value(name, dot)
+
+    def winner(self, name: Name) -> tuple[Dot, Record] | None:
+        """The dot that counts among several of one name: earliest stamp, then dot (S4)."""
+        pairs = self.birds.get(name)
+        if len(pairs) <= 1:
+            return pairs[0] if pairs else None
+        return min(pairs, key=lambda pair: (pair[1].spec.stamp, pair[0]))
+
+    def __iter__(self) -> Iterator[Name]:
+        return iter(self.birds)
+
+    def __len__(self) -> int:
+        return len(self.birds)
+
+    def knows(self, dot: Dot) -> bool:
+        return dot in self.birds.context
+
+    def missing_code(self) -> list[str]:
+        """Digests that a spec needs and nobody has sent yet."""
+        return [digest for digest in self._users if digest not in self.code]
+
+    # Writing
+
+    def add(self, name: Name, dot: Dot, spec: Spec, code: bytes | None) -> RecordChange:
+        (change,) = self._seen([self.birds.add(name, dot, Record(spec).shared())])
+        if code is not None:
+            self.code.setdefault(spec.code, code)
+        return change
+
+    def exited(self, name: Name, dot: Dot) -> RecordChange | None:
+        """A life of this dot ended normally while its nest was away: the dot is removed, known here or not (V2)."""
+        if self.birds.value(name, dot) is not None:
+            return self.remove(name, [dot])
+        self.birds.context.add(dot)
+        return None
+
+    def remove(self, name: Name, dots: Iterable[Dot]) -> RecordChange:
+        (change,) = self._seen([self.birds.remove(name, dots)])
+        return change
+
+    def set_status(self, name: Name, dot: Dot, status: Status) -> RecordChange | None:
+        record = self.birds.value(name, dot)
+        if record is None:
+            return None
+        return self.birds.update(name, dot, Record(record.spec, status))
+
+    def join(self, update: Update) -> list[RecordChange]:
+        self.learn(update.nodes)
+        changes = self._seen(self.birds.join(Delta(_shared(update.delta.entries), update.delta.context)))
+        self.take_code(update.code)
+        return changes
+
+    def join_part(self, part: RecordPart) -> list[RecordChange]:
+        return self._seen(self.birds.join_part(Part(part.leaves, part.keys, _shared(part.entries), part.context)))
+
+    def join_content(self, content: Content) -> list[RecordChange]:
+        changes = self.join_part(content.part)
+        self.take_code(content.code)
+        return changes
+
+    def take_code(self, code: dict[str, bytes]) -> None:
+        """Keeps the code that some spec needs."""
+        self.code.update({digest: body for digest, body in code.items() if self._users[digest]})
+
+    def learn(self, nodes: Iterable[NodeRecord]) -> None:
+        for node in nodes:
+            self.nodes.setdefault(node.life, node)
+            self.had_cpus = self.had_cpus or node.cpus > 0
+
+    def forget(self, life: Life) -> bool:
+        """Drops a dead life's id and node record, unless an entry still uses it (S2)."""
+        if self._adders[life]:
+            return False
+        self.birds.context.forget(life)
+        self.nodes.pop(life, None)
+        return True
+
+    def update_of(self, changes: Iterable[RecordChange]) -> Update:
+        """The news of these changes. New specs take their code along: who has just dropped it with its last spec needs it again (S5)."""
+        changes = list(changes)
+        new = {r.spec.code for c in changes for dot, r in c.after if r.status is None and dot not in dict(c.before)}
+        return Update(self.birds.delta_of(changes), {digest: self.code[digest] for digest in new if digest in self.code})
+
+    def update_against(self, part: RecordPart) -> Update | None:
+        """What the sender of a part lacks of it; `None` if nothing."""
+        delta = self.birds.delta_against(part)
+        if not delta.context:
+            return None
+        digests = {record.spec.code for pairs in delta.entries.values() for _, record in pairs}
+        return Update(delta, {digest: self.code[digest] for digest in digests if digest in self.code})
+
+    def content(self, names: Iterable[Name] = (), leaves: Iterable[int] = ()) -> Content:
+        """What is held of these names and leaves of the digest tree, now."""
+        part = self.birds.part(names, leaves)
+        digests = {record.spec.code for pairs in part.entries.values() for _, record in pairs}
+        return Content(part, {digest: self.code[digest] for digest in digests if digest in self.code})
+
+    def update_for(self, name: Name, dot: Dot) -> Update:
+        """One dot as it is now, with its code."""
+        record = self.birds.value(name, dot)
+        if record is None:
+            return Update()
+        code = self.code.get(record.spec.code)
+        return Update(Delta({name: ((dot, record),)}, {dot}), {record.spec.code: code} if code is not None else {})
+
+    def shareable_context(self, forgotten: Iterable[Life]) -> Context:
+        """The context without the ids that everybody is about to forget (S2): shared, they would never go."""
+        context = self.birds.context.copy()
+        for life in forgotten:
+            context.forget(life)
+        return context
+
+    # Bookkeeping of what changed
+
+    def _seen(self, changes: list[RecordChange]) -> list[RecordChange]:
+        unused: set[str] = set()
+        for change in changes:
+            before, after = dict(change.before), dict(change.after)
+            come, gone = after.keys() - before.keys(), before.keys() - after.keys()
+            for dot in come:
+                spec = after[dot].spec
+                self._users[spec.code] += 1
+                self._adders[dot.life] += 1
+                self.latest_stamp = max(self.latest_stamp, spec.stamp)
+                if spec.options.placed:
+                    self.placed[dot] = change.key
+            for dot in gone:
+                digest = before[dot].spec.code
+                self._adders[dot.life] -= 1
+                self._users[digest] -= 1
+                if not self._adders[dot.life]:
+                    del self._adders[dot.life]
+                if not self._users[digest]:
+                    unused.add(digest)
+                self.placed.pop(dot, None)
+            # Any dot of such a name counts: one without demands that comes or goes may make another the winner.
+            if (come or gone) and any(record.spec.options.placed for record in (*before.values(), *after.values())):
+                self.version += 1
+        for digest in unused:
+            if not self._users[digest]:  # asked after all changes: one may remove the last user and a later one add another
+                del self._users[digest]
+                self.code.pop(digest, None)
+        return changes

@@ -1,0 +1,104 @@
+"""Anti-entropy: two replicas are compared by digest tree, and what differs is fetched, O(d) for d differences (S3).
+
+The asker drives, one step a message, so a lost message is asked again and nothing is kept at the answering side:
+
+  asker                                        answerer
+  SyncAsk(hashes of some nodes of the tree) ->
+                                            <- SyncAnswer(hashes of the children of those that differ, content of leaves that differ)
+  ... until nothing is left to ask.            If nothing differed at all: the whole context, which may be merged only then.
+
+After it the asker has all that the answerer had when it was asked, and sends back what the answerer lacks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from flock_ray.core.aworset import ROOT, Prefix
+from flock_ray.core.events import SyncAnswer, SyncAsk
+from flock_ray.core.replica import RecordChange, Replica, Update
+from flock_ray.specs import Life
+
+NODES_A_STEP = 128  # of the tree in one message: 4 KB of hashes, or some thousand names
+
+
+@dataclass(slots=True)
+class Session:
+    """A comparison under way with one peer."""
+
+    number: int
+    exchange: int  # of the membership: tells whether this comparison admits (M3)
+    todo: list[Prefix]
+    asked: tuple[Prefix, ...] = ()
+    ask_again_at: float = 0.0
+    attempts: int = 0
+
+
+@dataclass(slots=True)
+class Progress:
+    """What an answer brought: changes here, news for the peer, and whether the comparison is complete."""
+
+    changes: list[RecordChange]
+    news: Update | None
+    complete: bool
+
+
+class Sync:
+    """All comparisons of one nest."""
+
+    def __init__(self, replica: Replica, retry_interval: float) -> None:
+        self.sessions: dict[Life, Session] = {}
+        self._replica = replica
+        self._retry = retry_interval
+        self._number = 0
+
+    def begin(self, peer: Life, exchange: int) -> None:
+        self._number += 1
+        self.sessions[peer] = Session(self._number, exchange, [ROOT])
+
+    def ask(self, peer: Life, now: float, fading: Iterable[Life], view: frozenset[Life]) -> SyncAsk:
+        """The next step with a peer, or the same again."""
+        session = self.sessions[peer]
+        session.asked = tuple(session.todo[:NODES_A_STEP])
+        session.ask_again_at = now + self._retry
+        session.attempts += 1
+        hashes = tuple((prefix, self._replica.birds.digest(prefix)) for prefix in session.asked)
+        context = self._replica.shareable_context(fading).fingerprint()
+        return SyncAsk(session.number, hashes, context, tuple(self._replica.nodes.values()), view)
+
+    def answer(self, ask: SyncAsk, fading: Iterable[Life], view: frozenset[Life]) -> SyncAnswer:
+        birds = self._replica.birds
+        self._replica.learn(ask.nodes)
+        children, leaves = birds.descend(dict(ask.hashes))
+        content = self._replica.content(leaves=leaves) if leaves else None
+        context = None
+        if not children and not leaves and any(prefix == ROOT for prefix, _ in ask.hashes):
+            shared = self._replica.shareable_context(fading)
+            context = shared if shared.fingerprint() != ask.context else None
+        return SyncAnswer(ask.session, tuple(children.items()), content, context, tuple(self._replica.nodes.values()), view)
+
+    def proceed(self, peer: Life, answer: SyncAnswer) -> Progress | None:
+        """Takes an answer in; `None` if nobody waits for it (a duplicate, or of an older comparison)."""
+        session = self.sessions.get(peer)
+        if session is None or session.number != answer.session or not session.asked:
+            return None
+        self._replica.learn(answer.nodes)
+        changes: list[RecordChange] = []
+        news = None
+        if answer.content is not None:
+            news = self._replica.update_against(answer.content.part)
+            changes = self._replica.join_content(answer.content)
+        if answer.context is not None:
+            self._replica.birds.merge_context(answer.context)
+        rest = session.todo[len(session.asked) :]
+        session.todo = self._replica.birds.differing(dict(answer.hashes)) + rest
+        session.asked, session.attempts, session.ask_again_at = (), 0, 0.0
+        if not session.todo:
+            del self.sessions[peer]
+        return Progress(changes, news, not session.todo)
+
+    def wake_at(self) -> float:
+        return min((session.ask_again_at for session in self.sessions.values()), default=float("inf"))
+
+

@@ -1,0 +1,168 @@
+"""What callers, hosts and nests say to each other, as bytes.
+
+A message is a pickled head, which the receiver can read without touching what users wrote, followed by the pickle of the users' part:
+
+    4 bytes: length of the head | head | body
+
+The head of a `Call` says which bird is meant, from whom it comes and in which place of that caller's order; its body is the pickle of
+`(args, kwargs)`. Whoever turns a call away has not unpickled its arguments. Nests and hosts exchange heads without a body.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from flock_ray.core.events import Released
+from flock_ray.specs import Dot, Life, Name, Spec
+
+_LENGTH = struct.Struct("!I")
+
+
+def encode(head: object, body: bytes = b"") -> bytes:
+    packed = pickle.dumps(head, protocol=5)
+    return b"".join((_LENGTH.pack(len(packed)), packed, body))
+
+
+def decode(message: bytes) -> tuple[Any, memoryview]:
+    """The head of a message, and its body as it is."""
+    view = memoryview(message)
+    (length,) = _LENGTH.unpack_from(view)
+    end = _LENGTH.size + length
+    return pickle.loads(view[_LENGTH.size : end]), view[end:]
+
+
+# Callers to hosts
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The head of a call or cast.
+
+    Args:
+        id: unique among the caller's calls; it is what `Withdraw` names.
+        caller: the calling thread (or event loop) of a process, unique in the cluster.
+        order: counts the caller's messages to this life from 0: they begin in this order (C2).
+        chain: the birds whose methods wait for this call, outermost first, as (flock, name) (C4).
+        cast: no answer is wanted.
+    """
+
+    id: str
+    caller: str
+    order: int
+    dot: Dot
+    method: str
+    chain: tuple[tuple[str, Name], ...] = ()
+    cast: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The head of an answer. `kind` says what the body is:
+
+    - `"result"`: the pickled result.
+    - `"raised"`: the pickled exception, its remote traceback in `text`.
+    - `"refused"`: nothing was run, `error` names the class of `flock_ray.errors` (or built-in) to raise with `text`.
+    - `"moved"`: nothing was run: the bird is not here (any more), ask for its route again and resend.
+    """
+
+    kind: str
+    text: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """Take a call that has not begun out of the mailbox; cancel it if it is a running `async def` (C5)."""
+
+    id: str
+
+
+# Nests to hosts
+
+
+@dataclass(frozen=True, slots=True)
+class HatchOrder:
+    """Begin a life; answered by the event `LifeRunning` or `LifeCrashed`."""
+
+    flock: str
+    name: Name
+    dot: Dot
+    born: int
+    spec: Spec
+    code: bytes
+    restarts: int
+    crashes: int
+    state: bytes | None
+    has_state: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EndOrder:
+    """End a life in good order: the running method ends, later messages are answered "moved", `on_stop(reason)` is run, and with
+    `keep` also `hand_over`, whose pickled result the host keeps until `ForgetOrder`. Answered by the event `LifeEnded`.
+    """
+
+    dot: Dot
+    born: int
+    reason: str
+    keep: bool
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class RaiseOrder:
+    dot: Dot
+    born: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetOrder:
+    """A record or exit of this dot is not needed any more: the host may end."""
+
+    dot: Dot
+
+
+@dataclass(frozen=True, slots=True)
+class ReportOrder:
+    """Say what you hold: answered with a `HostReport`."""
+
+
+# Hosts to nests
+
+
+@dataclass(frozen=True, slots=True)
+class HostReport:
+    """What a host holds: at most one of a life and a record, or an exit."""
+
+    host: str
+    pid: int
+    name: Name
+    dot: Dot
+    spec: Spec
+    code: bytes
+    born: int
+    incarnation: int
+    restarts: int
+    crashes: int
+    state: str  # "starting", "running", "released", "exited", "crashed"
+    record: Released | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class HostUp:
+    """A host's process is there."""
+
+    host: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """A nest's answer to a host's report: this life of the nest has adopted it."""
+
+    nest: Life

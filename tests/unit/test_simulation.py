@@ -1,0 +1,30 @@
+"""H4 and the promises of a whole and of a healed cluster, in 1,000 seeded schedules of the real core (tests/support/sim.py)."""
+
+import pytest
+
+from tests.support.sim import MIXES, schedule
+
+SCHEDULES = {"all": 200, "calls": 60, "flap": 120, "moves": 160, "split": 120, "nests": 120, "churn": 100, "placed": 100, "quiet": 20}
+BATCH = 20
+
+
+def test_the_schedules_cover_every_mix_and_are_a_thousand():
+    assert set(SCHEDULES) == set(MIXES)
+    assert sum(SCHEDULES.values()) == 1000
+
+
+@pytest.mark.parametrize(("mix", "first"), [(mix, first) for mix, count in SCHEDULES.items() for first in range(0, count, BATCH)])
+def test_two_lives_need_a_verdict_of_death_and_calm_mends_everything(mix, first):
+    checked = [schedule(mix, seed) for seed in range(first, first + BATCH)]
+    assert all(world.what_is_wrong() == "" for world in checked)
+
+
+def test_schedules_do_what_they_are_for():
+    """A simulator that starts nothing, or moves nothing, finds nothing."""
+    worlds = [schedule("moves", seed) for seed in range(40)]
+    assert sum(world.moved_states for world in worlds) >= 10
+    assert sum("hatch" in line for world in worlds for line in world.trace) >= 200
+
+
+def test_a_seed_replays_exactly():
+    assert schedule("all", 7).trace == schedule("all", 7).trace
