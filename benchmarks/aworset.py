@@ -31,6 +31,7 @@ from flock_ray.specs import Dot, Life, Options, Spec, Stamp, Status
 
 PEERS = [Life(f"{number:056x}", 1_700_000_000 + number) for number in range(1, 9)]  # as Ray's node ids: 56 hexadecimal digits
 STARTS_A_ROUND = 300
+CODE = bytes(range(250)) * 6  # a pickled class of 1,500 bytes: every start sends it along
 
 
 def spec_of(number: int) -> Spec:
@@ -108,7 +109,7 @@ class Starter:
             name, dot = f"new/{self.counter:07d}", Dot(self.life, self.counter)
             spec = spec_of(self.counter)
             begin = time.perf_counter()
-            change = self.replica.add(name, dot, spec, None)
+            change = self.replica.add(name, dot, spec, CODE)
             message = pickle.dumps(self.replica.update_of([change]))
             times.append((time.perf_counter() - begin) * 1e6)
             sizes.append(len(message))

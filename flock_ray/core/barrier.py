@@ -102,7 +102,7 @@ class Barrier:
         placement = self._membership.placement
         ring = ring_from(answer.weights)
         mine = {name for name in answer.placed if self._owns(name)}
-        lost = {name for name, node in placement.table().items() if node != self._membership.me.node}
+        lost = {name for name, node in placement.table().items() if node != self._membership.me.node} | answer.elsewhere
         same = ring == placement.ring
         new = Clearance([ring] if same else [ring, placement.ring], mine, lost, same)
         held: dict[Name, dict[tuple[Life, Dot], Report]] = {}
@@ -140,7 +140,10 @@ class Barrier:
         return [
             life
             for life in self.members()
-            if (clearance := self.clearances.get(life)) is None or not clearance.current or not mine <= clearance.placed
+            if (clearance := self.clearances.get(life)) is None
+            or not clearance.current
+            or not mine <= clearance.placed
+            or any(name not in self._table and self._owns(name) for name in clearance.lost)
         ]
 
     def cleared(self, life: Life, name: Name) -> bool:

@@ -86,7 +86,7 @@ class BarrierAsk:
 
 @dataclass(frozen=True, slots=True)
 class BarrierAnswer:
-    """You own what my ring gives you (and of what has demands, `placed`); of these names I hold `held`.
+    """You own what my ring gives you but `elsewhere`, and of what has demands `placed`; of these names I hold `held`.
 
     Args:
         number: the asker's view number, echoed.
@@ -96,6 +96,7 @@ class BarrierAnswer:
     number: int
     weights: tuple[tuple[str, int], ...]
     placed: frozenset[Name]
+    elsewhere: frozenset[Name]
     held: tuple[Held, ...]
 
 

@@ -277,12 +277,14 @@ class Registry:
             return
         asker, placement = envelope.sender, self.membership.placement
         if asker not in self.membership.view:
-            self._reply(envelope, ev.BarrierAnswer(ask.number, (), frozenset(), ()))  # says by its envelope that nothing is good
+            self._reply(envelope, ev.BarrierAnswer(ask.number, (), frozenset(), frozenset(), ()))  # says by its envelope that nothing is good
             return
         self._placement_changed()
-        placed = frozenset(name for name, node in placement.table().items() if node == asker.node)
+        table, ring = placement.table(), placement.ring
+        placed = frozenset(name for name, node in table.items() if node == asker.node)
+        elsewhere = frozenset(name for name in table if name not in placed and ring.owner(name) == asker.node)
         held = tuple(hold for name in self.holds.names() if placement.owner(name) == asker for hold in self.holds.of(name))
-        self._reply(envelope, ev.BarrierAnswer(ask.number, tuple(placement.ring.weights.items()), placed, held))
+        self._reply(envelope, ev.BarrierAnswer(ask.number, tuple(ring.weights.items()), placed, elsewhere, held))
 
     def _got_BarrierAnswer(self, envelope: ev.Envelope, answer: ev.BarrierAnswer, fresh: bool) -> None:
         membership = self.membership
@@ -503,7 +505,15 @@ class Registry:
                 else:
                     self._waiting.add(name)
             self._plan_pulls(name)
+        elif self.membership.ready and self.membership.placement.owner(name) is None:
+            self._evict(name)
         self.desk.look(name)
+
+    def _evict(self, name: Name) -> None:
+        """It fits nowhere (any more): its room belongs to birds with earlier stamps (P2). What it hands over waits here for an owner."""
+        for life in self.holds.lives_of(name):
+            if life.phase is not Phase.ENDING and life.spec.options.moves and life.spec.options.placed:
+                self._end(life, "moved", keep=True)
 
     def _reap(self, name: Name) -> None:
         """Ends what was stopped, and forgets records that nobody needs (H3)."""

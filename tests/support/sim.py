@@ -206,9 +206,9 @@ class World:
             return
         node.held = set(nest.holds.lives)
         effects = nest.handle(event, self.clock(node))
+        self._watch(node, nest)  # first: a verdict and what follows from it may come of one event
         for effect in effects:
             getattr(self, f"_do_{type(effect).__name__}")(node, nest, effect)
-        self._watch(node, nest)
         wake = nest.wake_at()
         if wake < float("inf"):
             delay = max((wake - self.clock(node)) / node.rate, 0.0) + 1e-3
@@ -596,10 +596,10 @@ class World:
                 return f"contexts of {nest.me} and {first.me} differ"
             if any(len(c) for c in nest.replica.birds.context.cloud.values() if not c) or nest.replica.code != first.replica.code:
                 return f"code or cloud of {nest.me}: {nest.replica.birds.context.cloud}"
-            if nest.holds.records:
+            if any(first.membership.placement.owner(name) is not None for name in self.names if nest.holds.of(name) and not nest.holds.lives_of(name)):
                 return f"{nest.me} keeps records {nest.holds.records}"
         for name in self.names:
-            runs = [(n.id, h.dot, h.incarnation) for n in self.nodes for h in n.hosts.values() if h.name == name]
+            runs = [(n.id, h.dot, h.incarnation) for n in self.nodes for h in n.hosts.values() if h.name == name and h.alive]
             winner = first.replica.winner(name)
             if winner is None:
                 if runs:

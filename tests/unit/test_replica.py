@@ -152,18 +152,16 @@ def test_code_stays_when_one_delta_removes_its_last_user_and_adds_another(order:
     """Found here: the code was dropped at the removal, before the add of the same delta was counted, and its sender, who had sent it
     before, would not send it again."""
     there, here = Replica(), Replica()
-    started = there.add("tweety", Dot(A, 1), spec(1), b"class")
-    here.join(there.update_of([started], {"code-1": b"class"}))
+    here.join(there.update_of([there.add("tweety", Dot(A, 1), spec(1), b"class")]))
     changes = {"robin": there.add("robin", Dot(A, 2), spec(2), None), "tweety": there.remove("tweety", [Dot(A, 1)])}
-    here.join(there.update_of([changes[name] for name in order]))
+    here.join(Update(there.birds.delta_of([changes[name] for name in order])))
     assert here.code == {"code-1": b"class"} and here.missing_code() == []
 
 
 def test_code_stays_when_one_part_removes_its_last_user_and_brings_another() -> None:
     for names in (("tweety", "robin"), ("robin", "tweety"), ("tweety", "tweety")):
         there, here = Replica(), Replica()
-        started = there.add(names[0], Dot(A, 1), spec(1), b"class")
-        here.join(there.update_of([started], {"code-1": b"class"}))
+        here.join(there.update_of([there.add(names[0], Dot(A, 1), spec(1), b"class")]))
         there.add(names[1], Dot(A, 2), spec(2), None)
         there.remove(names[0], [Dot(A, 1)])
         here.join_part(there.birds.whole())
@@ -175,7 +173,7 @@ def test_code_nobody_needs_is_not_kept() -> None:
     replica.take_code({"code-1": b"class"})
     assert replica.code == {}
     there = Replica()
-    started = there.update_of([there.add("tweety", Dot(A, 1), spec(1), b"class")], {"code-1": b"class"})
+    started = there.update_of([there.add("tweety", Dot(A, 1), spec(1), b"class")])
     stopped = there.update_of([there.remove("tweety", [Dot(A, 1)])])
     replica.join(stopped)
     replica.join(started)
@@ -194,16 +192,49 @@ def test_code_that_a_spec_needs_and_nobody_sent_is_missing_until_it_comes() -> N
 # What is told to others
 
 
-def test_an_update_carries_its_changes_and_the_code_given() -> None:
+def test_an_update_carries_its_changes_and_the_code_of_new_specs() -> None:
     replica = Replica()
     first = replica.add("tweety", Dot(A, 1), spec(1), b"class")
     second = replica.set_status("tweety", Dot(A, 1), status())
     assert second is not None
-    code = {"code-1": b"class"}
-    update = replica.update_of([first, second], code)
+    update = replica.update_of([first, second])
     assert update.delta.entries == {"tweety": ((Dot(A, 1), Record(spec(1), status())),)}
     assert update.delta.context == {Dot(A, 1)}
-    assert update.code == code and update.code is not code and update.nodes == ()
+    assert update.code == {"code-1": b"class"} and update.nodes == ()
+    assert replica.update_of([second]).code == {}, "a status needs no code"
+
+
+def test_one_dot_is_told_as_it_is_now_with_its_code() -> None:
+    there, here = Replica(), Replica()
+    there.add("tweety", Dot(A, 1), spec(1), b"class")
+    there.set_status("tweety", Dot(A, 1), status())
+    here.join(copied(there.update_for("tweety", Dot(A, 1))))
+    assert here.record("tweety", Dot(A, 1)) == Record(spec(1), status()) and here.code == {"code-1": b"class"}
+    assert there.update_for("tweety", Dot(A, 2)) == there.update_for("robin", Dot(A, 1)) == Update()
+
+
+def test_content_brings_entries_and_code_and_what_is_pushed_back_does_too() -> None:
+    there, here = Replica(), Replica()
+    there.add("tweety", Dot(A, 1), spec(1), b"class")
+    here.add("robin", Dot(B, 1), spec(2, "code-2"), b"other")
+    content = pickle.loads(pickle.dumps(there.content(NAMES)))
+    back = here.update_against(content.part)
+    changes = here.join_content(content)
+    assert [change.key for change in changes] == ["tweety"]
+    assert back is not None
+    there.join(copied(back))
+    assert dict(here.birds.items()) == dict(there.birds.items())
+    assert here.code == there.code == {"code-1": b"class", "code-2": b"other"}
+    assert here.update_against(there.content(NAMES).part) is None, "nothing is left to tell"
+
+
+def test_an_exit_of_a_dot_not_known_yet_keeps_its_late_add_out() -> None:
+    there, here = Replica(), Replica()
+    added = there.update_of([there.add("tweety", Dot(A, 1), spec(1), None)])
+    assert here.exited("tweety", Dot(A, 1)) is None
+    assert here.join(added) == [] and "tweety" not in here.birds
+    change = there.exited("tweety", Dot(A, 1))
+    assert change is not None and change.after == () and "tweety" not in there.birds
 
 
 def test_a_removal_is_told_by_its_dots_alone() -> None:
@@ -386,6 +417,6 @@ def test_the_bookkeeping_is_what_counting_anew_gives(history: Sequence[tuple[int
             assert change is not None
             changes.append(change)
         if told:
-            there.join(copied(here.update_of(changes, {code: code.encode()})))
+            there.join(copied(here.update_of(changes)))
         for replica in replicas:
             Bookkeeper().check(replica)

@@ -1,0 +1,74 @@
+"""What a nest can tell of birds and nests, from its replica alone: it asks nobody, so it answers on any side of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from flock_ray.core.registry import Registry
+from flock_ray.core.replica import Record
+from flock_ray.specs import BirdInfo, Name, NestInfo
+
+
+def info(nest: Registry, name: Name) -> BirdInfo | None:
+    """What is known of a bird; `None` if the name is not known here."""
+    winner = nest.replica.winner(name)
+    return None if winner is None else _info(nest, name, winner[1])
+
+
+def birds(nest: Registry, state: str | None, node: str | None, prefix: Name | None, of: str | None) -> list[BirdInfo]:
+    """All birds that match: a state, a node, the beginning of a name (text of a str, parts of a tuple), a class."""
+    found = (info(nest, name) for name in nest.replica if prefix is None or begins(name, prefix))
+    return [
+        bird
+        for bird in found
+        if bird is not None and state in (None, bird.state) and node in (None, bird.node_id) and of in (None, bird.class_name)
+    ]
+
+
+def begins(name: Name, prefix: Name) -> bool:
+    """Does a name begin with this: a str with a str, bytes with bytes, a tuple with the parts of a tuple?"""
+    if isinstance(prefix, tuple):
+        return isinstance(name, tuple) and name[: len(prefix)] == prefix
+    if isinstance(prefix, str):
+        return isinstance(name, str) and name.startswith(prefix)
+    if isinstance(prefix, bytes):
+        return isinstance(name, bytes) and name.startswith(prefix)
+    return name == prefix
+
+
+def nests(nest: Registry) -> list[NestInfo]:
+    """The nests of this nest's view, by node id."""
+    ring = nest.membership.placement.ring
+    held: dict[str, int] = {}
+    for bird in (info(nest, name) for name in nest.replica):
+        if bird is not None and bird.node_id is not None:
+            held[bird.node_id] = held.get(bird.node_id, 0) + 1
+
+    def rows() -> Iterator[NestInfo]:
+        for life in sorted(nest.membership.view):
+            record = nest.replica.nodes.get(life)
+            address = record.address if record is not None else ""
+            yield NestInfo(life.node, address, ring.weights.get(life.node, 0), held.get(life.node, 0), ring.share(life.node))
+
+    return list(rows())
+
+
+def _info(nest: Registry, name: Name, record: Record) -> BirdInfo:
+    spec, status = record.spec, record.status
+    placement = nest.membership.placement
+    owner = placement.owner(name)
+    state, reason, node = "pending", "", owner.node if owner is not None else None
+    if status is not None and (status.life in nest.membership.view or status.state in ("failed", "pending")):
+        state, reason = status.state, status.reason
+        if state not in ("failed", "pending"):
+            node = status.life.node
+    elif owner is None:
+        reason = placement.reason(name)
+    elif spec.code not in nest.replica.code:
+        reason = "its code was lost with the node that accepted it; stop it and start it again"
+    elif status is not None:
+        reason = f"the node that held it is gone; waits for {owner.node}"
+    if state == "pending" and owner is None:
+        reason, node = placement.reason(name), None
+    incarnation, restarts, error = (status.incarnation, status.restarts, status.error) if status else (0, 0, "")
+    return BirdInfo(name, node, state, incarnation, restarts, error, reason, spec.options.light, spec.class_name)

@@ -1,0 +1,431 @@
+"""What Ray is asked: its nodes, its key-value store, named actors. The only file that uses Ray's private API.
+
+Everything here may block while the head node cannot be reached (RAY_FACTS). So nothing on the path of a call, and no nest's event loop,
+calls it directly: nests have a thread of their own for it, and clients keep what they were told.
+
+Private API, each behind one function here and pinned by `tests/cluster/test_private_api.py`:
+`ray.experimental.internal_kv` (a flock's record), `worker.gcs_client.pin_runtime_env_uri` (V3), `core_worker.get_job_config` (the
+driver's `sys.path`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.experimental import internal_kv
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from flock_ray.config import Config
+from flock_ray.errors import FlockNotRunning
+from flock_ray.specs import NodeRecord, Options
+
+NAMESPACE = "flock_ray"
+PIN_SECONDS = 3600  # how long a runtime_env's package is kept after its last renewal
+BOOT_SECONDS = 90.0  # a nest is a new process on a machine that may be busy
+_KV = b"flock_ray"
+
+
+# A flock's record in Ray's key-value store
+
+
+@dataclass(frozen=True)
+class FlockLife:
+    """One life of a flock: from `init` to `destroy`. `secret` never leaves the cluster's own processes."""
+
+    flock: str
+    life: str
+    config: Config
+    secret: bytes
+    ending: bool = False
+
+
+def _key(flock: str) -> bytes:
+    return b"flock:" + flock.encode()
+
+
+def flock_life(flock: str) -> FlockLife | None:
+    """The current life of a flock, if there is one."""
+    packed = internal_kv._internal_kv_get(_key(flock), namespace=_KV)
+    return None if packed is None else pickle.loads(packed)
+
+
+def put_address(life: str, node: str, address: str) -> None:
+    """Says where a nest's member of the failure detector listens."""
+    internal_kv._internal_kv_put(f"address:{life}:{node}".encode(), address.encode(), overwrite=True, namespace=_KV)
+
+
+def addresses(life: str) -> list[str]:
+    """Where the nests' members listen, or have listened."""
+    keys = internal_kv._internal_kv_list(f"address:{life}:".encode(), namespace=_KV)
+    found = [internal_kv._internal_kv_get(key, namespace=_KV) for key in keys]
+    return [address.decode() for address in found if address]
+
+
+def drop_address(life: str, node: str) -> None:
+    internal_kv._internal_kv_del(f"address:{life}:{node}".encode(), namespace=_KV)
+
+
+# Nodes
+
+
+@dataclass(frozen=True)
+class Node:
+    """An alive node, as Ray's node table has it (M1)."""
+
+    id: str
+    ip: str
+    raylet_port: int
+    resources: tuple[tuple[str, float], ...]
+    labels: tuple[tuple[str, str], ...]
+
+    @property
+    def cpus(self) -> float:
+        return dict(self.resources).get("CPU", 0.0)
+
+
+def nodes() -> dict[str, Node]:
+    """The nodes that Ray lists alive, by id."""
+    return {
+        row["NodeID"]: Node(
+            row["NodeID"],
+            row["NodeManagerAddress"],
+            row["NodeManagerPort"],
+            tuple(sorted((k, float(v)) for k, v in row["Resources"].items() if not k.startswith("node:"))),
+            tuple(sorted(row.get("Labels", {}).items())),
+        )
+        for row in ray.nodes()
+        if row["Alive"]
+    }
+
+
+def initialized() -> bool:
+    """Is Ray initialised in this process? Asked first: most of Ray's functions would start a cluster of their own."""
+    return bool(ray.is_initialized())
+
+
+def require_ray() -> None:
+    if not initialized():
+        raise FlockNotRunning("Ray is not initialised in this process; call ray.init() first, then flock_ray.init() or start()")
+
+
+def node_id() -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def session_directory(life: str) -> Path:
+    """Where the processes of a flock on this node leave what its next nest has to find; only the owner may enter."""
+    context = ray.get_runtime_context()
+    path = Path(context.get_temp_dir(), context.get_session_name(), "flock_ray", life, node_id()[:16])
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return path
+
+
+# Nests
+
+
+def nest_name(life: str, node: str) -> str:
+    return f"nest:{life}:{node}"
+
+
+def start_nest(record: FlockLife, node: str) -> ActorHandle[Any]:
+    """Starts the nest of a node, or finds it. Only from a process with a bare runtime_env: an actor inherits it (V3)."""
+    from flock_ray.runtime.nest import Nest  # here: clients need not import what only nests run
+
+    options: dict[str, Any] = {
+        "name": nest_name(record.life, node),
+        "namespace": NAMESPACE,
+        "get_if_exists": True,
+        "lifetime": "detached",
+        "max_restarts": -1,
+        "max_task_retries": 0,
+        "num_cpus": 0,
+        "max_concurrency": 100_000,  # long polls wait in it
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+    }
+    return ray.remote(Nest).options(**options).remote(pickle.dumps(record), node)  # type: ignore[no-any-return,attr-defined]  # Ray's stubs do not know options with a dict
+
+
+def nest_handle(life: str, node: str) -> ActorHandle[Any]:
+    """Raises ValueError if there is no such nest."""
+    return ray.get_actor(nest_name(life, node), namespace=NAMESPACE)
+
+
+def _boot(flock: str, node: str) -> None:
+    """Starts a nest from a driver process of its own, whose runtime_env is bare: nothing else makes an actor's so (RAY_FACTS)."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") or k.startswith("RAY_AUTH")}
+    package = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH", "")]))
+    environment["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
+    command = [sys.executable, "-m", "flock_ray.runtime.boot", ray.get_runtime_context().gcs_address, flock, node]
+    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=BOOT_SECONDS, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
+        raise FlockNotRunning(f"the first nest of flock {flock!r} could not be started ({last}); is flock_ray installed on the nodes?")
+
+
+def is_bare() -> bool:
+    return not dict(ray.get_runtime_context().runtime_env)
+
+
+_nests: dict[str, tuple[str, ActorHandle[Any]]] = {}
+_records: dict[str, FlockLife] = {}
+_lock = threading.Lock()
+
+
+def ensure_flock(flock: str, settings: Mapping[str, Any]) -> Config:
+    """Creates a flock's life and the nest of this node, if they are not there, and waits until the nest is ready.
+
+    Raises:
+        FlockNotRunning: Ray is not initialised, or the flock is just being destroyed.
+        ValueError: a setting is impossible, or the flock runs with another.
+        TypeError: a setting is unknown.
+    """
+    require_ray()
+    config = Config().with_settings(**settings)
+    record = flock_life(flock)
+    if record is not None and record.ending and not _ended(record):
+        raise FlockNotRunning(f"flock {flock!r} is being destroyed; try again when that is done")
+    if record is None or record.ending:
+        fresh = FlockLife(flock, uuid.uuid4().hex[:12], config, os.urandom(32))
+        internal_kv._internal_kv_put(_key(flock), pickle.dumps(fresh), overwrite=record is not None, namespace=_KV)
+        record = flock_life(flock) or fresh  # of two that began at once, one has won
+    for name, value in settings.items():
+        running = getattr(record.config, name)
+        if running != value:
+            raise ValueError(f"flock {flock!r} runs with {name}={running!r}, not {value!r}; a flock's settings are fixed until destroy()")
+    me = node_id()
+    if is_bare():
+        nest = start_nest(record, me)
+    else:
+        _boot(flock, me)
+        nest = nest_handle(record.life, me)
+    _wait_ready(flock, nest)
+    with _lock:
+        _records[flock], _nests[flock] = record, (record.life, nest)
+    return record.config
+
+
+def _wait_ready(flock: str, nest: ActorHandle[Any]) -> None:
+    deadline = time.monotonic() + BOOT_SECONDS
+    while True:
+        try:
+            ray.get(nest.ready.remote(), timeout=max(deadline - time.monotonic(), 1.0))
+            return
+        except ray.exceptions.ActorUnavailableError:
+            if time.monotonic() > deadline:
+                raise FlockNotRunning(f"the nest of this node did not become ready in {BOOT_SECONDS:g} s; see its log") from None
+            time.sleep(0.2)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            raise FlockNotRunning(f"the nest of this node for flock {flock!r} does not run: {error}; see its log") from error
+
+
+def local_nest(flock: str, timeout: float) -> ActorHandle[Any]:
+    """The nest of this node, or while it is not there yet another node's.
+
+    Raises:
+        FlockNotRunning: Ray is not initialised, or the flock was never started, or is being destroyed.
+    """
+    require_ray()
+    known = _nests.get(flock)
+    if known is not None:
+        return known[1]
+    record = flock_life(flock)
+    if record is None or record.ending:
+        state = "is being destroyed" if record is not None else "was never started"
+        raise FlockNotRunning(f"flock {flock!r} {state}; call flock_ray.init() or start a bird first")
+    nest = _find_nest(record, timeout)
+    with _lock:
+        _records[flock], _nests[flock] = record, (record.life, nest)
+    return nest
+
+
+def _find_nest(record: FlockLife, timeout: float) -> ActorHandle[Any]:
+    deadline = time.monotonic() + min(timeout, 5.0)
+    while True:
+        try:
+            return nest_handle(record.life, node_id())
+        except ValueError:
+            if time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+        for node in nodes():
+            try:
+                return nest_handle(record.life, node)
+            except ValueError:
+                continue
+        raise FlockNotRunning(f"no nest of flock {record.flock!r} can be found; call flock_ray.init()")
+
+
+def config_of(flock: str) -> Config:
+    """The settings of a flock whose nest was found."""
+    return _records[flock].config
+
+
+def forget(flock: str) -> None:
+    """Drops what this process keeps of a flock."""
+    with _lock:
+        _nests.pop(flock, None)
+        _records.pop(flock, None)
+
+
+# Hosts
+
+
+def start_host(
+    name: str, boot: bytes, nest: ActorHandle[Any], node: str, options: Options, is_async: bool, env: str | None
+) -> ActorHandle[Any]:
+    """Starts the process for one bird on a node, under the runtime_env of who started the bird (V3)."""
+    from flock_ray.runtime.host import AsyncHostActor, HostActor
+
+    ray_options: dict[str, Any] = {
+        "name": name,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "num_cpus": options.num_cpus,
+        "num_gpus": options.num_gpus,
+        "resources": dict(options.resources),
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+    }
+    if options.memory:
+        ray_options["memory"] = int(options.memory)
+    if options.accelerator_type:
+        ray_options["accelerator_type"] = options.accelerator_type
+    if env:
+        ray_options["runtime_env"] = json.loads(env)
+    if is_async:
+        cls = ray.remote(AsyncHostActor)
+        ray_options["max_concurrency"] = options.max_concurrency if options.max_concurrency > 1 else 1000
+    else:
+        cls = ray.remote(concurrency_groups={"ctl": 2})(HostActor)
+        ray_options["max_concurrency"] = options.max_concurrency
+    return cls.options(**ray_options).remote(boot, nest)  # type: ignore[no-any-return,attr-defined]  # as above
+
+
+_hosts: dict[str, ActorHandle[Any]] = {}
+
+
+def host_handle(name: str) -> ActorHandle[Any]:
+    """A host by name, kept for the next time.
+
+    Raises:
+        ValueError: it is gone.
+    """
+    handle = _hosts.get(name)
+    if handle is None:
+        require_ray()
+        handle = _hosts[name] = ray.get_actor(name, namespace=NAMESPACE)
+    return handle
+
+
+def forget_host(name: str) -> None:
+    _hosts.pop(name, None)
+
+
+# What a starter brings along
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The surroundings of whoever starts a bird: they are its class's surroundings on every node (V3)."""
+
+    runtime_env: str | None  # JSON, with packages uploaded
+    job_id: str
+    sys_path: tuple[str, ...]
+
+
+def origin() -> Origin:
+    context = ray.get_runtime_context()
+    env = dict(context.runtime_env)
+    worker: Any = ray._private.worker.global_worker  # type: ignore[attr-defined]  # private: see the head of this file
+    core = getattr(worker, "core_worker", None)
+    path: tuple[str, ...] = ()
+    if core is not None:
+        path = tuple(dict.fromkeys(p for p in core.get_job_config().py_driver_sys_path if p))
+    return Origin(json.dumps(env, sort_keys=True) if env else None, context.get_job_id(), path)
+
+
+def pin(envs: list[str]) -> None:
+    """Keeps the packages of these runtime_envs for another `PIN_SECONDS`: no process needed, unlike a keeper actor."""
+    worker: Any = ray._private.worker.global_worker  # type: ignore[attr-defined]  # private: see the head of this file
+    for env in envs:
+        fields = json.loads(env)
+        for uri in [fields.get("working_dir"), *(fields.get("py_modules") or ())]:
+            if isinstance(uri, str) and uri.startswith("gcs://"):
+                worker.gcs_client.pin_runtime_env_uri(uri, PIN_SECONDS)
+
+
+def request_resources(bundles: list[dict[str, float]]) -> None:
+    """Tells Ray's autoscaler what cannot be placed."""
+    from ray.autoscaler.sdk import request_resources as ask
+
+    ask(bundles=bundles)
+
+
+def node_record(life: Any, node: Node, address: str) -> NodeRecord:
+    return NodeRecord(life, node.cpus, node.resources, node.labels, address)
+
+
+# The end
+
+
+def destroy(flock: str, timeout: float = 60.0) -> None:
+    """Ends a flock everywhere: its life is marked as ending first, so that nothing of it starts anything any more (V4).
+
+    Raises:
+        FlockNotRunning: there is no such flock.
+    """
+    require_ray()
+    record = flock_life(flock)
+    if record is None:
+        raise FlockNotRunning(f"flock {flock!r} is not running, so there is nothing to destroy")
+    ending = FlockLife(record.flock, record.life, record.config, record.secret, ending=True)
+    internal_kv._internal_kv_put(_key(flock), pickle.dumps(ending), overwrite=True, namespace=_KV)
+    forget(flock)
+    deadline = time.monotonic() + timeout
+    for nest in _living_nests(record):
+        nest.destroy.remote()
+    while not _ended(record):
+        if time.monotonic() > deadline:
+            for node in nodes():
+                _kill(lambda node=node: nest_handle(record.life, node))  # type: ignore[misc]  # bound at once
+            break
+        time.sleep(0.1)
+    latest = flock_life(flock)
+    if latest is not None and latest.life == record.life:
+        internal_kv._internal_kv_del(_key(flock), namespace=_KV)
+
+
+def _living_nests(record: FlockLife) -> list[ActorHandle[Any]]:
+    found = []
+    for node in nodes():
+        try:
+            found.append(nest_handle(record.life, node))
+        except ValueError:
+            continue
+    return found
+
+
+def _ended(record: FlockLife) -> bool:
+    return not _living_nests(record)
+
+
+def _kill(find: Callable[[], ActorHandle[Any]]) -> None:
+    try:
+        ray.kill(find())
+    except ValueError:
+        return

@@ -1,0 +1,94 @@
+"""One thread of a process that looks after what nobody waits for: answers to casts, routes to be found, messages to be sent again.
+
+Rules kept here: it starts when first needed and dies with the process; nothing on it blocks, and no code of users' runs on it (what
+may block goes to `blocking`, users' callbacks to `run_callback`). A call that goes well never comes here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+R = TypeVar("R")
+
+logger = logging.getLogger(__name__)
+
+
+class Courier:
+    """A thread with an event loop. All methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._inbox: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self._awake = False
+        self._pool = ThreadPoolExecutor(32, thread_name_prefix="flock_ray blocking")
+        self._callbacks = ThreadPoolExecutor(8, thread_name_prefix="flock_ray callbacks")
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            with self._lock:
+                if self._loop is None:
+                    loop = asyncio.new_event_loop()
+                    threading.Thread(target=loop.run_forever, name="flock_ray courier", daemon=True).start()
+                    self._loop = loop
+        return self._loop
+
+    def post(self, what: Callable[..., object], *args: Any) -> None:
+        """Has `what(*args)` run on the thread. Many posts cost one wake-up."""
+        self._inbox.append((what, args))
+        if not self._awake:
+            self._awake = True
+            self.loop.call_soon_threadsafe(self._drain)
+
+    def _drain(self) -> None:
+        self._awake = False  # first: whoever posts from here on wakes us again
+        for _ in range(len(self._inbox)):
+            what, args = self._inbox.popleft()
+            try:
+                what(*args)
+            except Exception:
+                logger.exception("flock_ray's courier failed at %r", what)
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Runs a coroutine that nobody waits for. Only on the thread."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("flock_ray's courier failed", exc_info=task.exception())
+
+    def submit(self, work: Coroutine[Any, Any, R]) -> Future[R]:
+        """Runs a coroutine on the thread; cancelling the future cancels it."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    def run(self, work: Coroutine[Any, Any, R]) -> R:
+        """Runs a coroutine on the thread and waits for it; an interrupt here cancels it."""
+        future = self.submit(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def run_async(self, work: Coroutine[Any, Any, R]) -> R:
+        """The same for a coroutine on any loop."""
+        return await asyncio.wrap_future(self.submit(work))
+
+    async def blocking(self, what: Callable[..., R], *args: Any) -> R:
+        """Runs what may block in a thread of a pool. Only on the thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, what, *args)
+
+    def run_callback(self, what: Callable[..., object], *args: Any) -> None:
+        """Runs a user's callback, which may block, in a pool of its own."""
+        self._callbacks.submit(what, *args)

@@ -1,0 +1,335 @@
+"""The process in which a bird runs: a Ray actor, made by the nest of its node, that takes orders from nests and calls from callers.
+
+    nest --HatchOrder, EndOrder, ...--> Host --HostUp, LifeRunning, LifeCrashed, ...--> nest
+    caller --------Call, Withdraw-----> Host --Answer--> caller
+
+`Host` is plain Python: Ray is only in the two actor classes and in `RayNestLink`, so that tests run it in one process. The classes of
+the bird decide which actor is made: `AsyncHostActor` if one of its methods is `async def` (`life.is_async`), else `HostActor`.
+
+Rules kept here: a host hatches one life and ends with it; an order for a life that is not here is answered as if it had just ended,
+and such a life is then never begun; the process ends by `os._exit`, after what it had to say was delivered.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import pickle
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from flock_ray.core.events import LifeEnded
+from flock_ray.core.wire import (
+    EndOrder,
+    ForgetOrder,
+    HatchOrder,
+    HostReport,
+    HostUp,
+    RaiseOrder,
+    ReportOrder,
+    Withdraw,
+    decode,
+)
+from flock_ray.runtime.inside import current
+from flock_ray.runtime.life import MOVED, AsyncLife, HostedLife, Response, State, SyncLife
+from flock_ray.runtime.tether import NestAwayError, NestLink, PidFile, Reporter, Tether
+from flock_ray.runtime.timers import Scheduler
+from flock_ray.specs import Dot, Life, Name
+
+log = logging.getLogger("flock_ray.host")
+
+LINGER = 2.0  # seconds a host whose life has ended still says "moved": longer spares late callers a dead actor, and costs the process
+CRASH_LINGER = 0.2  # seconds for the last answer of a crashed life to leave the process
+FORGOTTEN = 60.0  # seconds after which a host that left in good order ends without its nest's ForgetOrder
+
+
+@dataclass(frozen=True, slots=True)
+class HostBoot:
+    """What a host is created with, pickled.
+
+    Args:
+        host: the name of its Ray actor.
+        flock, flock_life: whose it is.
+        nest_grace: seconds a bird may run without a nest (`Config.nest_grace`).
+        directory: a folder of the session, owner-only, for `<pid>.json`.
+        job_id: the job, in hex, to whose driver the bird's output goes; empty: to every driver.
+        sys_path: the starter's, to import the bird's class from.
+        nest_pid: the process of the nest that creates it.
+        nest: that nest's life, for records handed over before another has said Welcome.
+    """
+
+    host: str
+    flock: str
+    flock_life: str
+    nest_grace: float
+    directory: str
+    job_id: str
+    sys_path: tuple[str, ...]
+    nest_pid: int
+    nest: Life | None = None
+
+
+class Host:
+    """What a host does, without Ray.
+
+    Args:
+        link: to the nest.
+        exit: ends the process with a code.
+        raylet_pid: `None` where there is no raylet.
+    """
+
+    def __init__(
+        self, boot: HostBoot, link: NestLink, node_id: str, raylet_pid: int | None = None, exit: Callable[[int], object] = os._exit
+    ) -> None:
+        self.boot = boot
+        self.host = boot.host
+        self.pid = os.getpid()
+        self.node_id = node_id
+        self.scheduler = Scheduler()
+        self._nest = boot.nest
+        self._exit_process = exit
+        self._lock = threading.Lock()
+        self._life: HostedLife | None = None
+        self._never: set[tuple[Dot, int]] = set()  # lives that were to end before they began
+        self._leaving = False
+        self._file = PidFile(boot.directory, boot.host)
+        atexit.register(self._file.remove)
+        self._tether = Tether(boot.nest_pid, raylet_pid, boot.nest_grace, self._die, self._orphaned)
+        self._reporter = Reporter(link, self._report, self._tether, self._welcomed)
+        self.says(HostUp(self.host, self.pid))
+        self._reporter.start()
+        self._tether.start()
+
+    # What nests order
+
+    def accept(self, order: bytes, make: Callable[[HatchOrder, Host], HostedLife]) -> HostedLife | None:
+        """The life to hatch; `None` if it must not be."""
+        head: HatchOrder = decode(order)[0]
+        for path in self.boot.sys_path:
+            if path not in sys.path:
+                sys.path.append(path)
+        label_output(head.name, self.boot.job_id)
+        with self._lock:
+            if self._life is not None or (head.dot, head.born) in self._never:
+                return None
+            self._life = make(head, self)
+        return self._life
+
+    def control(self, message: bytes) -> bytes:
+        """An order of a nest, or a caller's `Withdraw`; returns at once."""
+        head = decode(message)[0]
+        life = self._life
+        match head:
+            case EndOrder():
+                self._end(head)
+            case ForgetOrder():
+                self._forget(head.dot)
+            case RaiseOrder():
+                if life is not None and (life.dot, life.born) == (head.dot, head.born):
+                    life.incarnation = head.incarnation
+            case ReportOrder():
+                return pickle.dumps(self._report() or HostUp(self.host, self.pid))
+            case Withdraw():
+                if life is not None:
+                    life.withdraw(head.id)
+            case _:
+                log.error("a host got %r, which is no order", head)
+        return b""
+
+    def _end(self, order: EndOrder) -> None:
+        with self._lock:
+            life = self._life
+            here = life is not None and (life.dot, life.born) == (order.dot, order.born)
+            if not here:
+                self._never.add((order.dot, order.born))
+        if life is not None and here:
+            life.end(order)
+        else:
+            self.says(LifeEnded(order.dot, order.born))
+
+    def _forget(self, dot: Dot) -> None:
+        life = self._life
+        # A life that runs is not meant: what it took over was a record of the same dot, and that one is forgotten.
+        if life is not None and life.dot == dot and life.state in (State.RELEASED, State.EXITED):
+            self._end_process_in(LINGER)
+
+    # What lives need (`life.Surroundings`)
+
+    @property
+    def life(self) -> HostedLife | None:
+        return self._life
+
+    @property
+    def nest(self) -> Life:
+        return self._nest if self._nest is not None else Life("", 0)
+
+    def may_run(self) -> bool:
+        return self._tether.check()
+
+    def says(self, word: object) -> None:
+        self._reporter.say(word)
+
+    def over(self, life: HostedLife) -> None:
+        """A life has ended: the process follows, unless something is kept here that a nest must fetch or acknowledge."""
+        if life.state is State.CRASHED:
+            self._end_process_in(CRASH_LINGER)
+        elif life.state is State.EXITED:
+            self._later(FORGOTTEN, lambda: self._end_process_in(0.0))
+        elif not life.has_record:
+            self._end_process_in(LINGER)
+
+    # The end of the process
+
+    def _end_process_in(self, seconds: float) -> None:
+        """Ends the process once all is said, and `seconds` have passed for what still comes to be answered."""
+        with self._lock:
+            if self._leaving:
+                return
+            self._leaving = True
+
+        def go() -> None:
+            self._reporter.flush()
+            time.sleep(seconds)
+            self._exit(0)
+
+        threading.Thread(target=go, name="flock_ray farewell", daemon=True).start()
+
+    def _later(self, seconds: float, do: Callable[[], object]) -> None:
+        timer = threading.Timer(seconds, do)
+        timer.daemon = True
+        timer.start()
+
+    def _die(self, reason: str) -> None:
+        log.warning("host %s of bird %r ends at once: %s", self.host, self._life.name if self._life else None, reason)
+        self._exit(1)
+
+    def _exit(self, code: int) -> None:
+        self._file.remove()
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # nobody reads it any more
+                continue
+        self._exit_process(code)
+
+    def _orphaned(self) -> None:
+        if self._life is None:
+            self._die("its nest has ended, and it holds nothing")
+        self._reporter.wake()
+
+    def _report(self) -> HostReport | None:
+        return self._life.report() if self._life is not None else None
+
+    def _welcomed(self, nest: Life) -> None:
+        self._nest = nest
+
+
+class RayNestLink:
+    """Words to the nest as Ray calls. Its handle answers again when Ray has restarted the nest."""
+
+    def __init__(self, nest: Any) -> None:
+        self._nest = nest
+
+    def say(self, word: bytes, timeout: float) -> bytes | None:
+        return self._get(self._nest.host_says.remote(word), timeout)  # type: ignore[no-any-return]  # the nest's own signature
+
+    def pid(self, timeout: float) -> int:
+        return self._get(self._nest.pid.remote(), timeout)  # type: ignore[no-any-return]
+
+    def _get(self, ref: Any, timeout: float) -> Any:
+        try:
+            return ray.get(ref, timeout=timeout)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            raise NestAwayError(str(error)) from error
+
+
+class HostActor:
+    """The Ray actor of a bird without `async def` methods.
+
+    Made with `ray.remote(concurrency_groups={"ctl": 2})(HostActor)`: orders must be heard while a method blocks.
+    """
+
+    def __init__(self, boot: bytes, nest: Any) -> None:
+        self._host = _start(boot, nest)
+
+    def hatch(self, order: bytes) -> None:
+        """Runs a `HatchOrder`; the nest hears how it went."""
+        life = self._host.accept(order, SyncLife)
+        if isinstance(life, SyncLife):
+            life.hatch()
+
+    def call(self, message: bytes, *extra: Any) -> Response:
+        """Runs a `Call`: an encoded `Answer`, in a tuple with what travels beside it."""
+        head, body = decode(message)
+        life = self._host.life
+        if life is None or head.dot != life.dot:
+            return MOVED
+        return life.call(head, body, extra)  # type: ignore[attr-defined, no-any-return]  # a SyncLife
+
+    @ray.method(concurrency_group="ctl")
+    def control(self, message: bytes) -> bytes:
+        """Takes an order of a nest, or a caller's `Withdraw`."""
+        return self._host.control(message)
+
+
+class AsyncHostActor:
+    """The Ray actor of a bird with `async def` methods. Its default group has an event loop of its own, on which the bird lives."""
+
+    def __init__(self, boot: bytes, nest: Any) -> None:
+        self._host = _start(boot, nest)
+
+    async def hatch(self, order: bytes) -> None:
+        """Runs a `HatchOrder`; the nest hears how it went."""
+        life = self._host.accept(order, AsyncLife)
+        if isinstance(life, AsyncLife):
+            await life.hatch()
+
+    async def call(self, message: bytes, *extra: Any) -> Response:
+        """Runs a `Call`: an encoded `Answer`, in a tuple with what travels beside it."""
+        head, body = decode(message)
+        life = self._host.life
+        if life is None or head.dot != life.dot:
+            return MOVED
+        return await life.call(head, body, extra)  # type: ignore[attr-defined, no-any-return]  # an AsyncLife
+
+    @ray.method(concurrency_group="ctl")
+    async def control(self, message: bytes) -> bytes:
+        """Takes an order of a nest, or a caller's `Withdraw`."""
+        return self._host.control(message)
+
+
+def _start(boot: bytes, nest: Any) -> Host:
+    name_records()
+    raylet = os.environ.get("RAY_RAYLET_PID")
+    node_id = ray.get_runtime_context().get_node_id()
+    return Host(pickle.loads(boot), RayNestLink(nest), node_id, int(raylet) if raylet else None)
+
+
+def label_output(name: Name, job_id: str) -> None:
+    """Has Ray put the bird's name before its lines, and show them at the driver of the starter's job (tokens of Ray's log monitor)."""
+    label = name if isinstance(name, str) and "\n" not in name and "\r" not in name else repr(name)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        stream.write(f":actor_name:{label}\n:job_id:{job_id}\n")
+        stream.flush()
+
+
+def name_records() -> None:
+    """Gives log records of this process an attribute `bird`: the name of the bird whose code logs, else `None`."""
+    make = logging.getLogRecordFactory()
+
+    def factory(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        record = make(*args, **kwargs)
+        inside = current.get()
+        record.bird = inside.life.name if inside is not None else None
+        return record
+
+    logging.setLogRecordFactory(factory)

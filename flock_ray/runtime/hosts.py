@@ -1,0 +1,291 @@
+"""The nest's side of its hosts: starts their processes, passes orders on, sees them die, and finds those of an earlier life of the nest.
+
+A host's death is seen through a pidfd, in a millisecond and without a pending call (V1). What a host says comes through `word`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pickle
+import signal
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray.actor import ActorHandle
+
+from flock_ray.core import events as ev
+from flock_ray.core import wire
+from flock_ray.runtime import cluster
+from flock_ray.runtime.cluster import FlockLife
+from flock_ray.runtime.host import HostBoot
+from flock_ray.specs import Dot, Name, Spec
+
+InThread = Callable[..., Awaitable[Any]]
+LINGER = 1.0  # seconds a host that reported its own end is given before it is ended
+
+
+def surroundings(spec: Spec) -> dict[str, Any]:
+    """What the starter of a bird brought along: `env` (its runtime_env), `job`, `path`, and `async`."""
+    return dict(json.loads(spec.runtime_env)) if spec.runtime_env else {}
+
+
+@dataclass(slots=True)
+class Process:
+    """A host's process as its nest knows it."""
+
+    host: str
+    dot: Dot
+    born: int
+    handle: ActorHandle[Any] | None = None
+    pid: int = 0
+    pidfd: int = -1
+    over: bool = False  # it has reported the end of its life, and keeps at most a record or an exit
+    killed_for: str = ""
+    deadline: asyncio.TimerHandle | None = None
+
+
+class Hosts:
+    """All hosts of a nest.
+
+    Args:
+        in_thread: runs a blocking function of `cluster` in the nest's thread for it.
+        tell: takes the events of lives.
+    """
+
+    def __init__(self, record: FlockLife, node: str, nest: ActorHandle[Any], in_thread: InThread, tell: Callable[[ev.Event], None]) -> None:
+        self._record = record
+        self._node = node
+        self._nest = nest
+        self._in_thread = in_thread
+        self._tell = tell
+        self._directory = cluster.session_directory(record.life)
+        self._processes: dict[tuple[Dot, int], Process] = {}
+        self._by_host: dict[str, Process] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reports: dict[str, wire.HostReport] = {}
+        self._expected: set[str] = set()
+        self._reported = asyncio.Event()
+        self.adopting = True
+
+    # Orders
+
+    def hatch(self, effect: ev.Hatch) -> None:
+        is_async = bool(surroundings(effect.spec).get("async"))
+        name = f"{'async:' if is_async else ''}host:{self._record.life}:{self._node[:8]}:{uuid.uuid4().hex[:10]}"
+        process = Process(name, effect.dot, effect.born)
+        self._processes[effect.dot, effect.born] = self._by_host[name] = process
+        self._task(self._start(process, effect, is_async))
+
+    async def _start(self, process: Process, effect: ev.Hatch, is_async: bool) -> None:
+        brought = surroundings(effect.spec)
+        boot = HostBoot(
+            host=process.host,
+            flock=self._record.flock,
+            flock_life=self._record.life,
+            nest_grace=self._record.config.nest_grace,
+            directory=str(self._directory),
+            job_id=str(brought.get("job", "")),
+            sys_path=tuple(brought.get("path", ())),
+            nest_pid=os.getpid(),
+        )
+        order = wire.HatchOrder(
+            self._record.flock, effect.name, effect.dot, effect.born, effect.spec, effect.code,
+            effect.restarts, effect.crashes, effect.state, effect.has_state,
+        )  # fmt: skip
+        try:
+            packed = pickle.dumps(boot)
+            options, env = effect.spec.options, brought.get("env")
+            process.handle = await self._in_thread(
+                cluster.start_host, process.host, packed, self._nest, self._node, options, is_async, env
+            )
+            if process.killed_for:
+                await self._in_thread(ray.kill, process.handle)
+            await process.handle.hatch.remote(pickle.dumps(order))  # type: ignore[union-attr]  # set above
+        except (ray.exceptions.RayError, ray.exceptions.RuntimeEnvSetupError, ValueError) as error:
+            if not process.over:
+                self._died(process, str(error))
+
+    def end(self, effect: ev.EndLife) -> None:
+        process = self._processes.get((effect.dot, effect.born))
+        if process is None:
+            self._tell(ev.LifeEnded(effect.dot, effect.born))
+            return
+        order = wire.EndOrder(effect.dot, effect.born, effect.reason, effect.keep, effect.timeout)
+        text = f"it did not end within stop_timeout={effect.timeout:g} s"
+        process.deadline = asyncio.get_running_loop().call_later(effect.timeout, self._kill, process, text)
+        if process.pid:
+            self._order(process, order)
+        else:  # nothing of it runs yet
+            self._kill(process, "it was ended before its process was there")
+
+    def kill(self, effect: ev.Kill) -> None:
+        process = self._processes.get((effect.dot, effect.born))
+        if process is not None:
+            self._kill(process, effect.error)
+
+    def raise_incarnation(self, effect: ev.Raise) -> None:
+        process = self._processes.get((effect.dot, effect.born))
+        if process is not None:
+            self._order(process, wire.RaiseOrder(effect.dot, effect.born, effect.incarnation))
+
+    def forget(self, dot: Dot) -> None:
+        for process in [process for process in self._processes.values() if process.dot == dot and process.over]:
+            self._order(process, wire.ForgetOrder(dot))
+
+    def _order(self, process: Process, order: object) -> None:
+        if process.handle is not None:
+            process.handle.control.remote(wire.encode(order))
+
+    def _kill(self, process: Process, why: str) -> None:
+        process.killed_for = process.killed_for or why
+        if process.pidfd >= 0:
+            signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
+        elif process.handle is not None:
+            self._task(self._kill_unseen(process))
+
+    async def _kill_unseen(self, process: Process) -> None:
+        await self._in_thread(ray.kill, process.handle)
+        self._died(process, "it was killed")
+
+    async def end_all(self, reason: str, timeout: float) -> None:
+        """Ends every life in good order, and every process within the timeout (seconds)."""
+        for process in list(self._processes.values()):
+            self._order(process, wire.EndOrder(process.dot, process.born, reason, False, timeout))
+        end = asyncio.get_running_loop().time() + timeout
+        while any(not process.over for process in self._processes.values()) and asyncio.get_running_loop().time() < end:
+            await asyncio.sleep(0.02)
+        for process in list(self._processes.values()):
+            self._kill(process, reason)
+        while self._processes and asyncio.get_running_loop().time() < end + 5:
+            await asyncio.sleep(0.02)
+
+    # What hosts say
+
+    def word(self, word: object) -> None:
+        """Takes what a host says. Unknown hosts are of nobody's making any more, and are ended."""
+        if isinstance(word, wire.HostUp):
+            process = self._by_host.get(word.host)
+            if process is None:
+                _end_unknown(word.pid)
+            elif not process.pid:
+                self._watch(process, word.pid)
+        elif isinstance(word, wire.HostReport):
+            self._reports[word.host] = word
+            if self.adopting and self._expected <= set(self._reports):
+                self._reported.set()
+            elif not self.adopting and word.host not in self._by_host:
+                _end_unknown(word.pid)
+        elif isinstance(word, ev.LifeRunning | ev.LifeCrashed | ev.LifeExited | ev.LifeEnded):
+            self._ended_of_itself(word)
+            self._tell(word)
+
+    def _ended_of_itself(self, word: ev.LifeRunning | ev.LifeCrashed | ev.LifeExited | ev.LifeEnded) -> None:
+        process = self._processes.get((word.dot, word.born))
+        if process is None or isinstance(word, ev.LifeRunning):
+            return
+        process.over = True
+        if process.deadline is not None:
+            process.deadline.cancel()
+        if isinstance(word, ev.LifeCrashed) or (isinstance(word, ev.LifeEnded) and not word.handed_over):
+            asyncio.get_running_loop().call_later(LINGER, self._kill, process, "its life is over")
+
+    def _watch(self, process: Process, pid: int) -> None:
+        process.pid = pid
+        try:
+            process.pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._died(process, "its process died")
+            return
+        asyncio.get_running_loop().add_reader(process.pidfd, self._died, process, "its process died (killed, or out of memory?)")
+        if process.killed_for:
+            self._kill(process, process.killed_for)
+
+    def _died(self, process: Process, text: str) -> None:
+        if self._processes.pop((process.dot, process.born), None) is None:
+            return
+        self._by_host.pop(process.host, None)
+        if process.deadline is not None:
+            process.deadline.cancel()
+        if process.pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(process.pidfd)
+            os.close(process.pidfd)
+        if not process.over:
+            self._tell(ev.LifeCrashed(process.dot, process.born, process.killed_for or text))
+
+    # Those of an earlier life of the nest (V2)
+
+    async def adopt(self, patience: float) -> tuple[list[ev.Adopted], list[tuple[Name, Dot]], list[ev.LifeCrashed]]:
+        """Waits until every host found on this node has said what it holds; one that does not is ended.
+
+        Returns:
+            What they hold, the birds that ended normally meanwhile, and those that crashed.
+        """
+        found = {host: pid for host, pid in map(_read_entry, self._directory.glob("*.json")) if pid}
+        self._expected = set(found)
+        if not self._expected <= set(self._reports):
+            try:
+                await asyncio.wait_for(self._reported.wait(), patience)
+            except TimeoutError:
+                for host in self._expected - set(self._reports):
+                    _end_unknown(found[host])
+        self.adopting = False
+        adopted, exits, crashes = [], [], []
+        for report in self._reports.values():
+            process = Process(report.host, report.dot, report.born, over=report.state not in ("starting", "running"))
+            process.handle = await self._in_thread(cluster.host_handle, report.host)
+            self._processes[report.dot, report.born] = self._by_host[report.host] = process
+            if report.state == "exited":
+                exits.append((report.name, report.dot))
+            else:
+                adopted.append(_adopted(report))
+            if report.state == "crashed":
+                crashes.append(ev.LifeCrashed(report.dot, report.born, report.error))
+            self._watch(process, report.pid)
+        return adopted, exits, crashes
+
+    def _task(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _adopted(report: wire.HostReport) -> ev.Adopted:
+    running = report.state != "starting"
+    return ev.Adopted(
+        report.name, report.dot, report.spec, report.code, report.incarnation, report.born, report.host,
+        report.restarts, report.crashes, running, report.record,
+    )  # fmt: skip
+
+
+def _read_entry(path: Path) -> tuple[str, int]:
+    """A host's name and pid from its file; pid 0 if that process is gone (its file is then removed)."""
+    try:
+        entry = json.loads(path.read_text())
+        host, pid = str(entry["host"]), int(entry["pid"])
+        if started(pid) == entry["started"]:
+            return host, pid
+    except (OSError, ValueError, KeyError):
+        pass  # half written, or just removed: its process is not one that runs a bird
+    path.unlink(missing_ok=True)
+    return "", 0
+
+
+def started(pid: int) -> int | None:
+    """A process's start time in ticks since boot, which tells it from a later one with its pid; `None` if it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    return int(stat.rsplit(") ", 1)[1].split()[19])
+
+
+def _end_unknown(pid: int) -> None:
+    if psutil.pid_exists(pid):
+        psutil.Process(pid).kill()

@@ -1,0 +1,605 @@
+"""One life of a bird in this process: hatched, called, ended.
+
+    STARTING --> RUNNING --> ENDING --> RELEASED (in good order, asked by the nest) or EXITED (left of itself)
+        \\___________\\__________\\____> CRASHED
+
+Rules kept here: a state is never left for an earlier one, and only `RUNNING` runs calls: every other answers "moved", so that a caller
+that was turned away once is turned away for good; the end of a life takes its turn as a message does, and so comes after the method
+that runs and before those that wait, which find the state changed; a bird's own mistakes (a method that raises, a result that cannot
+be pickled, an `on_stop` that fails) never reach the code around it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import enum
+import inspect
+import logging
+import pickle
+import threading
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+from flock_ray.core.events import LifeCrashed, LifeEnded, LifeExited, LifeRunning, Released
+from flock_ray.core.wire import Answer, Call, EndOrder, HatchOrder, HostReport, encode
+from flock_ray.runtime.inside import Inside, Leave, current
+from flock_ray.runtime.mailbox import LoopOrder, ThreadOrder, Turns
+from flock_ray.runtime.payload import pack, pack_alone, unpack
+from flock_ray.specs import Life
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from flock_ray.runtime.timers import Entry, Scheduler
+
+log = logging.getLogger("flock_ray.bird")
+
+WITHDRAWN = 10_000  # withdrawn calls remembered until their turn comes
+
+MOVED = encode(Answer("moved"))
+_RESULT = encode(Answer("result"))
+
+ORDINARY = (Exception, asyncio.CancelledError)  # what a method may raise and live on; SystemExit and the like are a crash
+
+Response = bytes | tuple[Any, ...]
+
+
+class State(enum.Enum):
+    STARTING = "starting"
+    RUNNING = "running"
+    ENDING = "ending"
+    RELEASED = "released"
+    EXITED = "exited"
+    CRASHED = "crashed"
+
+
+ALIVE = (State.STARTING, State.RUNNING, State.ENDING)
+
+
+class Surroundings(Protocol):
+    """The host, as its lives see it."""
+
+    host: str
+    pid: int
+    node_id: str
+    scheduler: Scheduler
+
+    @property
+    def nest(self) -> Life: ...
+
+    def may_run(self) -> bool:
+        """False: this process is over, nothing must run."""
+
+    def says(self, word: object) -> None:
+        """Has it delivered to the nest."""
+
+    def over(self, life: HostedLife) -> None:
+        """The life has ended, and the nest is being told."""
+
+
+def load_class(code: bytes) -> type:
+    """The class from its pickle; of a `@ray.remote` class the class that was decorated."""
+    cls = pickle.loads(code)
+    metadata = getattr(cls, "__ray_metadata__", None)
+    if metadata is not None:
+        modified = metadata.modified_class
+        cls = getattr(modified, "__ray_actor_class__", modified)
+    return cls  # type: ignore[no-any-return]  # a pickle of a class, made by `start`
+
+
+def is_async(cls: type) -> bool:
+    """Does the class have an `async def` method, so that it needs an `AsyncHostActor`?"""
+    members = (getattr(cls, name, None) for name in dir(cls))
+    return any(inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member) for member in members)
+
+
+def describe(error: BaseException) -> str:
+    """The traceback of what a bird's code raised, without the frames of this module. Its last line is `Type: message`."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_frame.f_globals.get("__name__") == __name__:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+
+
+def refusal(text: str, error: str) -> bytes:
+    return encode(Answer("refused", text, error))
+
+
+class HostedLife:
+    """What sync and async birds have in common."""
+
+    def __init__(self, order: HatchOrder, host: Surroundings) -> None:
+        self.order = order
+        self.flock = order.flock
+        self.name = order.name
+        self.dot = order.dot
+        self.born = order.born
+        self.incarnation = order.born
+        self.state = State.STARTING
+        self.error = ""
+        self.bird: Any = None
+        self._cls: type = object
+        self._host = host
+        self._link = (order.flock, order.name)
+        self._crashes = order.spec.options.on_error == "crash"
+        self._lock = threading.Lock()  # guards changes of `state`
+        self._methods: dict[str, bytes | None] = {}  # the refusal of each that was ever asked for; None: it may be called
+        self._withdrawn: OrderedDict[str, None] = OrderedDict()
+        self._end: EndOrder | None = None
+        self._handed_over: tuple[bytes | None, bool] = (None, False)
+
+    @property
+    def node_id(self) -> str:
+        return self._host.node_id
+
+    def report(self) -> HostReport:
+        """What is held here, for a nest that does not know it."""
+        order, (state, handed_over) = self.order, self._handed_over
+        record = Released(self.dot, self.incarnation, self._host.nest, state) if handed_over else None
+        said = State.RUNNING if self.state is State.ENDING else self.state
+        return HostReport(
+            self._host.host, self._host.pid, self.name, self.dot, order.spec, order.code, self.born, self.incarnation,
+            order.restarts, order.crashes, said.value, record, self.error,
+        )  # fmt: skip
+
+    @property
+    def has_record(self) -> bool:
+        return self._handed_over[1]
+
+    # Beginning
+
+    def _make(self) -> None:
+        """Loads the class and runs `__init__`; raises what it raises."""
+        self._cls = load_class(self.order.code)
+        args, kwargs = pickle.loads(self.order.spec.args)
+        self.bird = self._cls(*args, **kwargs)
+
+    def _state_to_take(self) -> Callable[[], Any] | None:
+        """What is to be called with what an earlier life handed over."""
+        if not self.order.has_state:
+            return None
+        take_over = getattr(self.bird, "take_over", None)
+        if take_over is None:
+            raise TypeError(f"{self._cls.__qualname__} has hand_over but no take_over(self, state): bird {self.name!r} lost its state")
+        state = pickle.loads(self.order.state) if self.order.state is not None else None
+        return lambda: take_over(state)
+
+    def _hatched(self) -> None:
+        with self._lock:
+            if self.state is not State.STARTING:
+                return  # it is to end already
+            self.state = State.RUNNING
+        self._host.says(LifeRunning(self.dot, self.born, self._host.host))
+
+    def _hatch_failed(self, error: BaseException) -> None:
+        if isinstance(error, Leave) and error.reason == "normal":
+            self._exited()
+        else:
+            self._crash(error.reason if isinstance(error, Leave) else describe(error))
+
+    # Calls
+
+    def withdraw(self, call: str) -> None:
+        """A call that has not begun is not to be run."""
+        self._withdrawn[call] = None
+        if len(self._withdrawn) > WITHDRAWN:
+            self._withdrawn.popitem(last=False)
+
+    def _turned_away(self, head: Call) -> bytes | None:
+        """Why this call is not run, now that it is its turn."""
+        if self.state is not State.RUNNING or not self._host.may_run():
+            return MOVED
+        if self._withdrawn and head.id in self._withdrawn:
+            del self._withdrawn[head.id]
+            return refusal(f"the call of {self._method_name(head.method)} was withdrawn before it began", "CallTimeout")
+        try:
+            refused = self._methods[head.method]
+        except KeyError:
+            refused = self._methods[head.method] = self._examine(head.method)
+        if refused is not None and head.cast:
+            log.error("bird %r: a cast was refused: there is no method %r to run", self.name, head.method)
+        return refused
+
+    def _arguments(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Any:
+        """The call's `(args, kwargs)`; or the refusal, as bytes."""
+        try:
+            return unpack(body, extra)
+        except Exception as error:  # noqa: BLE001  # whatever the caller's objects do here concerns the caller
+            text = f"cannot unpickle the arguments of {self._method_name(head.method)}: {describe(error)}"
+            if head.cast:
+                log.error("%s", text)
+            return refusal(text, "RemoteError")
+
+    def _result(self, head: Call, result: Any) -> Response:
+        if head.cast:
+            return b""
+        try:
+            body, extra = pack(result, what=f"the result of {self._method_name(head.method)}", call=False)
+        except TypeError as error:
+            return refusal(str(error), "TypeError")
+        return (_RESULT + body, *extra) if extra else _RESULT + body
+
+    def _raised(self, head: Call, error: BaseException) -> Response:
+        """The answer to a call whose method raised, after what follows from it for the life has begun."""
+        if isinstance(error, Leave):
+            self._leave(error.reason)
+            return self._result(head, error.reply)
+        text = describe(error)
+        if head.cast:
+            log.error("bird %r: %s, which was cast, raised:\n%s", self.name, head.method, text)
+        if self._crashes or not isinstance(error, ORDINARY):
+            self._crash(text)
+        return b"" if head.cast else self._raised_answer(error, text)
+
+    def _raised_answer(self, error: BaseException, text: str) -> Response:
+        if not isinstance(error, Exception):
+            return refusal(text, "RemoteError")  # a SystemExit must not end the caller
+        try:
+            body, extra = pack(error, what="the exception", call=False)
+            if type(error).__module__ != "builtins" and type(unpack(body, extra)) is not type(error):
+                raise TypeError("it is another type when unpickled")
+        except Exception:  # noqa: BLE001  # the exception's own code: __reduce__, __init__
+            return refusal(text, "RemoteError")
+        message = encode(Answer("raised", text), body)
+        return (message, *extra) if extra else message
+
+    def _method_name(self, method: str) -> str:
+        return f"{self.name!r}.{method}"
+
+    def _examine(self, method: str, private: bool = False) -> bytes | None:
+        """The refusal of what cannot be called; `None` of a method."""
+        found = inspect.getattr_static(self._cls, method, None)
+        who = f"bird {self.name!r} ({self._cls.__qualname__})"
+        if isinstance(found, staticmethod | classmethod):
+            found = found.__func__
+        if method.startswith("_") and not private:
+            return refusal(f"{who}: {method!r} is private", "AttributeError")
+        if found is None or isinstance(found, type) or not callable(found):
+            return refusal(f"{who} {self._lacks(method)}", "AttributeError")
+        if inspect.isgeneratorfunction(found) or inspect.isasyncgenfunction(found):
+            text = f"{who}: {method!r} is a generator method: use flock_ray.stream(name, {method!r}, ...)"
+            return refusal(text, "TypeError")
+        return None
+
+    def _lacks(self, method: str) -> str:
+        if hasattr(self._cls, method) or method in getattr(self.bird, "__dict__", ()):
+            return f"has {method!r}, but it is no method"
+        public = [name for name in dir(self._cls) if not name.startswith("_") and callable(getattr(self._cls, name, None))]
+        near = difflib.get_close_matches(method, public, 3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(public) or 'none'}"
+        return f"has no method {method!r}: {hint}"
+
+    # Messages to oneself
+
+    def send(self, seconds: float, every: bool, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
+        """Has a method of the bird run later (`inside.send_after`, `inside.send_every`)."""
+        refused = self._examine(method, private=True)
+        if refused is not None:
+            raise AttributeError(f"bird {self.name!r} ({self._cls.__qualname__}) {self._lacks(method)}")
+        message = pack((args, kwargs), what=f"the arguments of {self._method_name(method)}", call=False)
+        return self._host.scheduler.add(seconds, every, lambda entry: self._due(entry, method, *message))
+
+    def _due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
+        raise NotImplementedError
+
+    def _timer_turned_away(self, entry: Entry) -> bool:
+        """It is this message's turn: must it not run?"""
+        entry.pending = False
+        if self.state is not State.RUNNING:
+            entry.cancelled = True  # a timer dies with its life
+        return entry.cancelled or not self._host.may_run()
+
+    def _timer_failed(self, method: str, error: BaseException) -> None:
+        if isinstance(error, Leave):
+            self._leave(error.reason)
+            return
+        text = describe(error)
+        log.error("bird %r: %s, a message to itself, raised:\n%s", self.name, method, text)
+        if self._crashes or not isinstance(error, ORDINARY):
+            self._crash(text)
+
+    # The end
+
+    def end(self, order: EndOrder) -> None:
+        """Begins to end the life in good order, or says again how it ended."""
+        with self._lock:
+            if self.state in (State.STARTING, State.RUNNING):
+                self.state, self._end = State.ENDING, order
+                begin = True
+            else:
+                begin = False
+        if begin:
+            self._begin_end(order.reason)
+        elif self.state is not State.ENDING:
+            self._say_end()
+
+    def _leave(self, reason: str) -> None:
+        """The bird's own wish."""
+        if reason != "normal":
+            self._crash(reason)
+            return
+        with self._lock:
+            if self.state is not State.RUNNING:
+                return  # it is ending anyway
+            self.state = State.ENDING
+        self._begin_end("normal")
+
+    def _begin_end(self, reason: str) -> None:
+        """Has the end run as soon as no method does, and returns."""
+        raise NotImplementedError
+
+    def _exited(self) -> None:
+        self._finish(State.EXITED)
+
+    def _crash(self, text: str) -> None:
+        with self._lock:
+            if self.state not in ALIVE:
+                return
+            self.error = text
+        self._finish(State.CRASHED)
+
+    def _finish(self, state: State) -> None:
+        with self._lock:
+            if self.state not in ALIVE:
+                return
+            self.state = state
+        self._say_end()
+        self._host.over(self)
+
+    def _say_end(self) -> None:
+        if self.state is State.CRASHED:
+            self._host.says(LifeCrashed(self.dot, self.born, self.error))
+        elif self.state is State.EXITED:
+            self._host.says(LifeExited(self.dot, self.born))
+        else:
+            self._host.says(LifeEnded(self.dot, self.born, *self._handed_over))
+
+    def _ended(self, handed: tuple[object] | None) -> None:
+        """`on_stop` and `hand_over` have run; the latter returned `handed[0]`."""
+        if handed is not None:
+            try:
+                self._handed_over = (pack_alone(handed[0], what=f"what {self.name!r}.hand_over returned"), True)
+            except TypeError:
+                log.exception("bird %r: its state is lost", self.name)
+        self._finish(State.RELEASED if self._end is not None else State.EXITED)
+
+    def _hook(self, name: str) -> Callable[..., Any] | None:
+        """An optional method of the class; none if the bird was never made."""
+        hook = getattr(self.bird, name, None)
+        return hook if callable(hook) else None
+
+    @property
+    def _keeps(self) -> bool:
+        return self._end is not None and self._end.keep
+
+    @contextmanager
+    def _inside(self, chain: tuple[tuple[str, Any], ...] = (), is_async: bool = False) -> Iterator[None]:
+        token = current.set(Inside(self, (*chain, self._link), is_async))
+        try:
+            yield
+        finally:
+            current.reset(token)
+
+
+class SyncLife(HostedLife):
+    """A bird without `async def`: `max_concurrency` methods at a time (1), each in a thread of the host."""
+
+    def __init__(self, order: HatchOrder, host: Surroundings) -> None:
+        super().__init__(order, host)
+        slots = order.spec.options.max_concurrency
+        self._turns = Turns(slots)
+        self._order = ThreadOrder() if slots > 1 else None  # with one thread Ray keeps the order
+        self._pool: ThreadPoolExecutor | None = None
+        self._turns.enter()  # __init__'s turn
+
+    def hatch(self) -> None:
+        """Runs `__init__` and `take_over`."""
+        try:
+            with self._inside():
+                self._make()
+                if is_async(self._cls):
+                    raise TypeError(f"{self._cls.__qualname__} has `async def` methods: it must be hatched in an AsyncHostActor")
+                take_over = self._state_to_take()
+                if take_over is not None:
+                    take_over()
+        except BaseException as error:  # noqa: BLE001  # also SystemExit: the bird's end is not the host's
+            self._hatch_failed(error)
+        else:
+            self._hatched()
+        finally:
+            self._turns.leave()
+
+    def call(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
+        """Runs a method when it is its turn, and answers."""
+        if self.state is not State.RUNNING:
+            return MOVED
+        if self._order is not None:
+            self._order.wait(head.caller, head.order)
+        self._turns.enter()
+        try:
+            return self._turned_away(head) or self._run(head, body, extra)
+        finally:
+            self._turns.leave()
+
+    def _run(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
+        arguments = self._arguments(head, body, extra)
+        if isinstance(arguments, bytes):
+            return arguments
+        args, kwargs = arguments
+        token = current.set(Inside(self, (*head.chain, self._link)))
+        try:
+            result = getattr(self.bird, head.method)(*args, **kwargs)
+        except BaseException as error:  # noqa: BLE001  # answered, or the life's end
+            return self._raised(head, error)
+        finally:
+            current.reset(token)
+        return self._result(head, result)
+
+    def _due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
+        if self._pool is None:  # only the scheduler's thread comes here
+            self._pool = ThreadPoolExecutor(self._turns.slots, "flock_ray timer")  # never more turns than that are granted
+        pool = self._pool
+        self._turns.enter_later(lambda: pool.submit(self._run_due, entry, method, body, extra))
+
+    def _run_due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
+        try:
+            if self._timer_turned_away(entry):
+                return
+            with self._inside():
+                args, kwargs = unpack(body, extra)
+                getattr(self.bird, method)(*args, **kwargs)
+        except BaseException as error:  # noqa: BLE001  # logged, or the life's end
+            self._timer_failed(method, error)
+        finally:
+            self._turns.leave()
+
+    def _begin_end(self, reason: str) -> None:
+        threading.Thread(target=self._run_end, args=(reason,), name="flock_ray end", daemon=True).start()
+
+    def _run_end(self, reason: str) -> None:
+        self._turns.enter_all()
+        if self.state is not State.ENDING:
+            return  # its last method, or __init__, crashed
+        with self._inside():
+            self._try_hook("on_stop", reason)
+            handed = self._try_hook("hand_over") if self._keeps else None
+        self._ended(handed)
+        self._turns.leave_all()
+
+    def _try_hook(self, name: str, *args: object) -> tuple[object] | None:
+        hook = self._hook(name)
+        if hook is None:
+            return None
+        try:
+            return (hook(*args),)
+        except BaseException:
+            log.exception("bird %r: %s raised", self.name, name)
+            return None
+
+
+class AsyncLife(HostedLife):
+    """A bird with `async def` methods. All of its code runs on one event loop; `async def` methods interleave."""
+
+    def __init__(self, order: HatchOrder, host: Surroundings) -> None:
+        super().__init__(order, host)
+        self._loop = asyncio.get_running_loop()
+        self._order = LoopOrder()
+        self._running: dict[object, asyncio.Task[Any] | None] = {}  # by call id or timer entry
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._tasks: set[asyncio.Task[Any]] = set()  # the loop itself keeps only weak references
+
+    async def hatch(self) -> None:
+        """Runs `__init__` and `take_over`."""
+        self._idle.clear()
+        try:
+            with self._inside():
+                self._make()
+                take_over = self._state_to_take()
+                if take_over is not None:
+                    await _finished(take_over())
+        except BaseException as error:  # noqa: BLE001  # also SystemExit: the bird's end is not the host's
+            self._hatch_failed(error)
+        else:
+            self._hatched()
+        finally:
+            self._idle.set()
+
+    async def call(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
+        """Begins a method in its caller's order, and answers."""
+        if self.state is not State.RUNNING:
+            return MOVED
+        await self._order.wait(head.caller, head.order)
+        return self._turned_away(head) or await self._run(head, body, extra)
+
+    async def _run(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
+        arguments = self._arguments(head, body, extra)
+        if isinstance(arguments, bytes):
+            return arguments
+        task = asyncio.current_task()
+        try:
+            with self._runs(head.id, task):
+                result = await self._invoke(head.method, arguments, head.chain)
+        except asyncio.CancelledError as error:
+            if task is None or head.id not in self._withdrawn:
+                return self._raised(head, error)
+            task.uncancel()  # it was `withdraw`, not the end of the loop
+            del self._withdrawn[head.id]
+            return refusal(f"{self._method_name(head.method)} was cancelled by its caller", "CallTimeout")
+        except BaseException as error:  # noqa: BLE001  # answered, or the life's end
+            return self._raised(head, error)
+        return self._result(head, result)
+
+    async def _invoke(self, method: str, arguments: Any, chain: tuple[tuple[str, Any], ...]) -> Any:
+        args, kwargs = arguments
+        bound = getattr(self.bird, method)
+        with self._inside(chain, inspect.iscoroutinefunction(bound)):
+            return await _finished(bound(*args, **kwargs))
+
+    def withdraw(self, call: str) -> None:
+        super().withdraw(call)
+        self._loop.call_soon_threadsafe(self._cancel, call)
+
+    def _cancel(self, call: str) -> None:
+        task = self._running.get(call)
+        if task is not None:
+            task.cancel()
+
+    @contextmanager
+    def _runs(self, key: object, task: asyncio.Task[Any] | None) -> Iterator[None]:
+        self._running[key] = task
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            del self._running[key]
+            if not self._running:
+                self._idle.set()
+
+    def _due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
+        self._loop.call_soon_threadsafe(lambda: self._spawn(self._run_due(entry, method, body, extra)))
+
+    async def _run_due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
+        if self._timer_turned_away(entry):
+            return
+        try:
+            with self._runs(entry, None):
+                await self._invoke(method, unpack(body, extra), ())
+        except BaseException as error:  # noqa: BLE001  # logged, or the life's end
+            self._timer_failed(method, error)
+
+    def _begin_end(self, reason: str) -> None:
+        self._loop.call_soon_threadsafe(lambda: self._spawn(self._run_end(reason)))
+
+    def _spawn(self, work: Any) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run_end(self, reason: str) -> None:
+        await self._idle.wait()
+        if self.state is not State.ENDING:
+            return  # its last method, or __init__, crashed
+        with self._inside(is_async=True):
+            await self._try_hook("on_stop", reason)
+            handed = await self._try_hook("hand_over") if self._keeps else None
+        self._ended(handed)
+
+    async def _try_hook(self, name: str, *args: object) -> tuple[object] | None:
+        hook = self._hook(name)
+        if hook is None:
+            return None
+        try:
+            return (await _finished(hook(*args)),)
+        except BaseException:
+            log.exception("bird %r: %s raised", self.name, name)
+            return None
+
+
+async def _finished(result: Any) -> Any:
+    return await result if inspect.iscoroutine(result) else result

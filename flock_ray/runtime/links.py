@@ -1,0 +1,232 @@
+"""Links to hosts and nests: how a message gets there and its answer back. Here: Ray's actor calls; a socket can keep the same contract.
+
+Rules kept here: what Ray's errors say of a message is decided in one place. `Down.ran` is False only where the message certainly did
+not run: its actor was known to be dead when it was sent, never came up, or could not be scheduled (measured, Ray 2.60). Nothing here
+waits but `Reply.get`, `Links.host` and `Links.nest`; the last two ask the head node when they find nothing kept, so they never run on
+an event loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple, Protocol
+
+import ray
+from ray import exceptions
+from ray.actor import ActorHandle
+
+from flock_ray.runtime import cluster
+from flock_ray.specs import Route
+
+_DEAD = 4  # Ray's ActorTableData.DEAD
+
+
+class Raw(NamedTuple):
+    """An answer as it came: the message, and what came beside it."""
+
+    message: bytes
+    extra: Sequence[Any] = ()
+
+
+class Down(Exception):  # noqa: N818  # it says what is so, and never reaches a user
+    """The receiver has gone away. `ran` is False if the message certainly did not run."""
+
+    def __init__(self, text: str, ran: bool) -> None:
+        super().__init__(text)
+        self.ran = ran
+
+
+class NoAnswer(Exception):  # noqa: N818  # as above
+    """There is no answer yet."""
+
+
+class Reply(Protocol):
+    """The answer to one message, when it is there."""
+
+    def get(self, timeout: float | None) -> Raw:
+        """Waits for it. Raises `Down`, `NoAnswer` when `timeout` seconds have passed, or what kept an argument from coming."""
+        ...
+
+    def on_done(self, callback: Callable[[], object]) -> None:
+        """Has `callback` called, in some thread where it must not block, once `get` would return at once."""
+        ...
+
+
+class Link(Protocol):
+    """The way to one host."""
+
+    used_at: float  # the clock when last something came back
+
+    def lost(self) -> bool:
+        """Is it known that nothing sent from now on can run?"""
+        ...
+
+    def send(self, message: bytes, extra: Sequence[Any]) -> Reply: ...
+
+    def control(self, message: bytes) -> Reply: ...
+
+
+class NestLink(Protocol):
+    """The way to a nest."""
+
+    def ask(self, request: bytes) -> Reply: ...
+
+    def read(self, query: bytes) -> Reply: ...
+
+
+class Links(Protocol):
+    """Where links come from."""
+
+    def session(self) -> object | None:
+        """Tells one `ray.init` of this process from the next; `None` when Ray is not initialised. Cheap."""
+        ...
+
+    def host(self, route: Route) -> Link:
+        """May block. Raises `Down` if the host is gone."""
+        ...
+
+    def nest(self, flock: str, timeout: float) -> NestLink:
+        """May block. Raises `FlockNotRunning`."""
+        ...
+
+    def forget(self, flock: str) -> None:
+        """Finds the flock's nest anew next time."""
+        ...
+
+    def done(self, replies: Sequence[Reply]) -> list[bool]:
+        """Which of these would `get` return at once?"""
+        ...
+
+
+class RayReply:
+    """A reply that Ray keeps."""
+
+    __slots__ = ("_future", "_link", "_ref")
+
+    def __init__(self, ref: ray.ObjectRef[Any], link: _RayLink) -> None:
+        self._ref = ref
+        self._link = link
+        self._future: Future[Any] | None = None
+
+    def get(self, timeout: float | None) -> Raw:
+        try:
+            if self._future is not None:
+                answer = self._future.result(timeout)
+            else:
+                answer = ray.get(self._ref, timeout=timeout)
+        except TimeoutError as error:  # Ray's GetTimeoutError is one too
+            if self._future is not None and self._future.done():
+                raise  # the task of an argument raised it
+            raise NoAnswer from error
+        except exceptions.RayTaskError:
+            raise  # of an argument: its task failed, as Ray reports it
+        except (exceptions.RayActorError, exceptions.ActorUnschedulableError, exceptions.RuntimeEnvSetupError) as error:
+            raise self._link.went_down(error) from error
+        if isinstance(answer, bytes):
+            return Raw(answer)
+        return Raw(answer[0], answer[1:])
+
+    def on_done(self, callback: Callable[[], object]) -> None:
+        if self._future is None:
+            self._future = self._ref.future()
+        self._future.add_done_callback(lambda _: callback())
+
+    @property
+    def ref(self) -> ray.ObjectRef[Any]:
+        return self._ref
+
+
+class _RayLink:
+    def __init__(self, handle: ActorHandle[Any], name: str) -> None:
+        self.handle = handle
+        self.name = name
+        self.used_at = time.monotonic()
+        self._gone = False
+        self._state: Callable[[], int | None] | None = getattr(handle, "_get_local_state", None)
+
+    def lost(self) -> bool:
+        """Ray tells every holder of a handle of the actor's death; asking what it was told takes 0.3 us."""
+        if not self._gone and self._state is not None and self._state() == _DEAD:
+            self._gone = True
+        return self._gone
+
+    def went_down(self, error: Exception) -> Down:
+        text = str(error)
+        if isinstance(error, exceptions.ActorUnavailableError):
+            return Down(text, ran=True)
+        self._gone = True
+        certain = not isinstance(error, exceptions.ActorDiedError) or error.actor_init_failed or "The actor never ran" in text
+        return Down(text, ran=not certain)
+
+
+class RayLink(_RayLink):
+    """A host, by its actor handle."""
+
+    def __init__(self, handle: ActorHandle[Any], name: str) -> None:
+        super().__init__(handle, name)
+        self._call = handle.call.remote
+        self._control = handle.control.remote
+
+    def send(self, message: bytes, extra: Sequence[Any]) -> RayReply:
+        return RayReply(self._call(message, *extra), self)
+
+    def control(self, message: bytes) -> RayReply:
+        return RayReply(self._control(message), self)
+
+
+class RayNestLink(_RayLink):
+    """A nest, by its actor handle."""
+
+    def ask(self, request: bytes) -> RayReply:
+        return RayReply(self.handle.ask.remote(request), self)
+
+    def read(self, query: bytes) -> RayReply:
+        return RayReply(self.handle.read.remote(query), self)
+
+
+class RayLinks:
+    """Links over Ray's actor calls."""
+
+    def __init__(self) -> None:
+        self._hosts: dict[str, RayLink] = {}
+
+    def session(self) -> object | None:
+        if not ray.is_initialized():  # type: ignore[no-untyped-call]
+            return None
+        context = ray.get_runtime_context()
+        try:
+            return context.get_worker_id()
+        except AttributeError:  # under Ray Client
+            return context.get_job_id()
+
+    def host(self, route: Route) -> RayLink:
+        link = self._hosts.get(route.host)
+        if link is not None and not link.lost():
+            return link
+        cluster.forget_host(route.host)
+        try:
+            handle = cluster.host_handle(route.host)
+        except ValueError as error:
+            self._hosts.pop(route.host, None)
+            raise Down(str(error), ran=False) from error
+        link = self._hosts[route.host] = RayLink(handle, route.host)
+        self._hosts = {name: kept for name, kept in self._hosts.items() if not kept.lost()}
+        return link
+
+    def nest(self, flock: str, timeout: float) -> RayNestLink:
+        return RayNestLink(cluster.local_nest(flock, timeout), flock)
+
+    def forget(self, flock: str) -> None:
+        cluster.forget(flock)
+
+    def forget_hosts(self) -> None:
+        for name in self._hosts:
+            cluster.forget_host(name)
+        self._hosts = {}
+
+    def done(self, replies: Sequence[Reply]) -> list[bool]:
+        refs = [reply.ref for reply in replies if isinstance(reply, RayReply)]
+        ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0, fetch_local=False)
+        return [ref in there for there in [set(ready)] for ref in refs]

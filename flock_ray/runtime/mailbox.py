@@ -1,0 +1,154 @@
+"""Turns: who may run next in a bird. First come, first served, whether a call, a timer's message or the bird's end.
+
+Rules kept here: a sync bird runs at most `slots` methods at a time (one by default), and nobody who waits is overtaken; the messages
+of one caller begin in the order in which they were sent (C2) also where Ray gives none: in async actors and, with
+`max_concurrency` above 1, in sync ones (measured: 120 to 380 inversions in 3,000 calls).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+
+GAP = 1.0  # seconds a message waits for an earlier one of its caller; longer keeps order over slower links, shorter stalls less for a lost one
+CALLERS = 10_000  # callers whose place is remembered; one forgotten waits GAP once
+
+
+class Turns:
+    """A fair lock with `slots` places. It can be entered by waiting, or by being called back once it is one's turn."""
+
+    def __init__(self, slots: int = 1) -> None:
+        self.slots = slots
+        self._lock = threading.Lock()
+        self._free = slots
+        self._waiting: deque[Callable[[], object]] = deque()
+
+    def enter(self) -> None:
+        """Waits for a turn."""
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                return
+            gate = threading.Lock()
+            gate.acquire()
+            self._waiting.append(gate.release)
+        gate.acquire()
+
+    def enter_later(self, granted: Callable[[], object]) -> None:
+        """Takes a place in the line and returns; `granted` is called when it is its turn, and must return at once."""
+        with self._lock:
+            if not self._free:
+                self._waiting.append(granted)
+                return
+            self._free -= 1
+        granted()
+
+    def leave(self) -> None:
+        """Ends a turn: the place goes to the one who has waited longest."""
+        with self._lock:
+            if not self._waiting:
+                self._free += 1
+                return
+            granted = self._waiting.popleft()
+        granted()
+
+    def enter_all(self) -> None:
+        """Waits until nothing else runs. What waited before gets its turn before."""
+        for _ in range(self.slots):
+            self.enter()
+
+    def leave_all(self) -> None:
+        for _ in range(self.slots):
+            self.leave()
+
+
+class Order:
+    """Which message of each caller begins next, and which have come too early. Not locked: see the two below."""
+
+    def __init__(self) -> None:
+        self._next: OrderedDict[str, int] = OrderedDict()
+        self._early: dict[str, set[int]] = {}
+
+    def may_begin(self, caller: str, order: int) -> bool:
+        return order <= self._next.get(caller, 0)
+
+    def begun(self, caller: str, order: int) -> bool:
+        """Notes it; True if others of this caller wait."""
+        self._next[caller] = max(order + 1, self._next.get(caller, 0))
+        self._next.move_to_end(caller)
+        if len(self._next) > CALLERS:
+            self._next.popitem(last=False)
+        return caller in self._early
+
+    def early(self, caller: str, order: int) -> None:
+        self._early.setdefault(caller, set()).add(order)
+
+    def early_no_more(self, caller: str, order: int) -> None:
+        waiting = self._early[caller]
+        waiting.discard(order)
+        if not waiting:
+            del self._early[caller]
+
+    def give_up(self, caller: str) -> None:
+        """What is missing is not waited for any more: the first that is there may begin."""
+        self._next[caller] = max(min(self._early[caller]), self._next.get(caller, 0))
+
+
+class ThreadOrder:
+    """Lets threads begin in each caller's order."""
+
+    def __init__(self, gap: float = GAP) -> None:
+        self._gap = gap
+        self._order = Order()
+        self._changed = threading.Condition()
+
+    def wait(self, caller: str, order: int) -> None:
+        """Waits until all earlier messages of the caller have begun, or one is missing for `gap` seconds; then this one has begun."""
+        with self._changed:
+            if not self._order.may_begin(caller, order):
+                self._wait(caller, order)
+            if self._order.begun(caller, order):
+                self._changed.notify_all()
+
+    def _wait(self, caller: str, order: int) -> None:
+        self._order.early(caller, order)
+        while not self._changed.wait_for(lambda: self._order.may_begin(caller, order), self._gap):
+            self._order.give_up(caller)
+            self._changed.notify_all()
+        self._order.early_no_more(caller, order)
+
+
+class LoopOrder:
+    """Lets coroutines of one event loop begin in each caller's order. Whoever `wait` returns to runs on without a break."""
+
+    def __init__(self, gap: float = GAP) -> None:
+        self._gap = gap
+        self._order = Order()
+        self._early: dict[tuple[str, int], asyncio.Future[None]] = {}
+
+    async def wait(self, caller: str, order: int) -> None:
+        """Waits until all earlier messages of the caller have begun, or one is missing for `gap` seconds; then this one has begun."""
+        if not self._order.may_begin(caller, order):
+            await self._wait(caller, order)
+        if self._order.begun(caller, order):
+            self._wake(caller)
+
+    async def _wait(self, caller: str, order: int) -> None:
+        self._order.early(caller, order)
+        try:
+            while not self._order.may_begin(caller, order):
+                turn = self._early[caller, order] = asyncio.get_running_loop().create_future()
+                done, _ = await asyncio.wait([turn], timeout=self._gap)
+                if not done:
+                    self._order.give_up(caller)
+                    self._wake(caller)
+        finally:
+            self._order.early_no_more(caller, order)
+            self._early.pop((caller, order), None)
+
+    def _wake(self, caller: str) -> None:
+        for (waiting, order), turn in self._early.items():
+            if waiting == caller and not turn.done() and self._order.may_begin(caller, order):
+                turn.set_result(None)

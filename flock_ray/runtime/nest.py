@@ -1,0 +1,382 @@
+"""The registry actor of a node: hands events to the core and performs the effects. It decides nothing.
+
+Everything runs on the actor's event loop but what asks the head node, which has a thread of its own: it may block for minutes while
+the head cannot be reached, and the loop has to go on answering.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pickle
+import random
+import sys
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import ray
+from ray.actor import ActorHandle
+
+from flock_ray.core import events as ev
+from flock_ray.core import readings, wire
+from flock_ray.core.notices import Notice
+from flock_ray.core.registry import Registry
+from flock_ray.runtime import cluster
+from flock_ray.runtime.hosts import Hosts, surroundings
+from flock_ray.runtime.members import Members
+from flock_ray.specs import Life
+
+logger = logging.getLogger("flock_ray.nest")
+
+POLL = 1.0  # seconds between looks at Ray's node table, which costs it a millisecond
+PROBE = 0.5  # seconds until a raylet that does not answer counts as cut off
+SHARE_SETTLES = 1.0  # seconds: in a burst of changes the load is told once
+SHUTDOWN = 10.0  # seconds that birds have to end when the flock is destroyed
+
+
+class Nest:
+    """One life of a node's nest: a detached, asynchronous Ray actor that Ray restarts.
+
+    Args:
+        record: the pickled `FlockLife`.
+        node: the id of the node it is pinned to.
+    """
+
+    def __init__(self, record: bytes, node: str) -> None:
+        self._record: cluster.FlockLife = pickle.loads(record)
+        self._node = node
+        self._config = self._record.config
+        self._loop = asyncio.get_running_loop()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cluster")
+        self._registry: Registry | None = None
+        self._members: Members | None = None
+        self._nodes: dict[str, cluster.Node] = {}
+        self._peers: dict[str, ActorHandle[Any]] = {}
+        self._finding: set[str] = set()
+        self._outbox: dict[str, list[tuple[Life, ev.Envelope]]] = {}
+        self._replies: dict[str, asyncio.Future[ev.Outcome]] = {}
+        self._wake: asyncio.TimerHandle | None = None
+        self._booted = asyncio.Event()
+        self._ready = asyncio.Event()
+        self._ending = False
+        self._notices: deque[Notice] = deque(maxlen=1000)
+        self._share: tuple[int, int] | None = None
+        self._share_timer: asyncio.TimerHandle | None = None
+        self._memory_low = False
+        self._pinned: dict[str, float] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._me = ray.get_runtime_context().current_actor
+        self._hosts = Hosts(self._record, node, self._me, self._in_thread, self._handle)
+        _log_to_stderr()
+        self._task(self._run())
+
+    # The life of a nest
+
+    async def _run(self) -> None:
+        try:
+            await self._boot()
+        except Exception:
+            logger.exception("the nest could not boot; Ray starts it again")
+            os._exit(1)
+        self._task(self._poll())
+        self._task(self._join())
+
+    async def _boot(self) -> None:
+        if not await self._still_wanted():
+            return
+        self._nodes = await self._in_thread(cluster.nodes)
+        adopted, exits, crashes = await self._hosts.adopt(self._config.nest_grace * 0.6)
+        known = [a.record.life.number for a in adopted if a.record is not None]
+        number = max([time.time_ns() // 1_000_000, *[n + 1 for n in known]])
+        life = Life(self._node, number)
+        node = self._nodes.get(self._node)
+        ip = node.ip if node is not None else ray.util.get_node_ip_address()
+        self._members = Members(life, self._record.life, self._record.secret, ip, self._config, self._handle)
+        self._registry = Registry(life, self._config, random.Random().random)
+        await self._members.start()
+        mine = node if node is not None else cluster.Node(self._node, ip, 0, (), ())
+        booted = ev.Booted(cluster.node_record(life, mine, self._members.address), tuple(adopted), tuple(exits))
+        self._handle(booted)
+        for crash in crashes:
+            self._handle(crash)
+        self._booted.set()
+        await self._in_thread(cluster.put_address, self._record.life, self._node, self._members.address)
+        logger.info("nest %s of flock %r is up, with %d adopted birds", life, self._record.flock, len(adopted))
+
+    async def _still_wanted(self) -> bool:
+        """A nest of a flock life that has ended starts nothing and ends itself (V4)."""
+        current = await self._in_thread(cluster.flock_life, self._record.flock)
+        if current is not None and current.life == self._record.life and not current.ending:
+            return True
+        if not self._ending:
+            self._me.destroy.remote()
+        return False
+
+    async def _poll(self) -> None:
+        while not self._ending:
+            try:
+                if not await self._still_wanted():
+                    return
+                await self._look_around()
+            except (ray.exceptions.RayError, RuntimeError, OSError, ValueError, TimeoutError) as error:
+                # The head cannot be reached, or a node went in the middle of it: birds go on, and the next look comes.
+                logger.warning("the look at Ray's node table failed and is repeated: %s", error)
+            await asyncio.sleep(POLL)
+
+    async def _look_around(self) -> None:
+        """Ray's node table: adds nests on new nodes, and tells the core who is gone (M1)."""
+        nodes = await self._in_thread(cluster.nodes)
+        gone = set(self._nodes) - set(nodes)
+        self._nodes = nodes
+        self._handle(ev.NodesListed(frozenset(nodes)))
+        for node in gone:
+            self._peers.pop(node, None)
+            await self._in_thread(cluster.drop_address, self._record.life, node)
+        for node in nodes:
+            if node != self._node and node not in self._peers and not self._ending:
+                self._peers[node] = await self._in_thread(cluster.start_nest, self._record, node)
+        low = psutil.virtual_memory().available < self._config.min_free_memory * psutil.virtual_memory().total
+        if low != self._memory_low:
+            self._memory_low = low
+            self._handle(ev.MemoryLow(low))
+        await self._keep_packages()
+
+    async def _join(self) -> None:
+        """Tells the failure detector of every address there is, again and again (M2)."""
+        while not self._ending and self._members is not None:
+            try:
+                known = await self._in_thread(cluster.addresses, self._record.life)
+            except (ray.exceptions.RayError, RuntimeError, OSError) as error:
+                logger.warning("the nests' addresses cannot be read now: %s", error)
+                known = []
+            await self._members.join(known)
+            await asyncio.sleep(self._config.join_interval if self._ready.is_set() else 0.2)
+
+    async def _keep_packages(self) -> None:
+        """Renews the packages of the runtime_envs that birds were started under, while there are such birds (V3)."""
+        registry = self._registry
+        if registry is None:
+            return
+        now, wanted = time.monotonic(), set()
+        for name in registry.replica:
+            for _, record in registry.replica.records(name):
+                env = surroundings(record.spec).get("env")
+                if env and self._pinned.get(env, 0.0) <= now:
+                    wanted.add(env)
+        if wanted:
+            await self._in_thread(cluster.pin, sorted(wanted))
+            self._pinned.update(dict.fromkeys(wanted, now + cluster.PIN_SECONDS / 3))
+
+    # Events in, effects out
+
+    def _handle(self, event: ev.Event) -> None:
+        registry = self._registry
+        if registry is None:
+            return
+        for effect in registry.handle(event, time.monotonic()):
+            getattr(self, f"_do_{type(effect).__name__}")(effect)
+        self._flush()
+        if registry.membership.ready and not self._ready.is_set():
+            self._ready.set()
+        self._note_share(registry)
+        if self._wake is not None:
+            self._wake.cancel()
+        delay = registry.wake_at() - time.monotonic()
+        self._wake = self._loop.call_later(min(max(delay, 0.0), 60.0), self._handle, ev.Tick())
+
+    def _do_Send(self, effect: ev.Send) -> None:
+        self._outbox.setdefault(effect.to.node, []).append((effect.to, effect.envelope))
+
+    def _flush(self) -> None:
+        """One message for each peer, whatever an event brought forth."""
+        outbox, self._outbox = self._outbox, {}
+        for node, letters in outbox.items():
+            handle = self._peers.get(node)
+            if handle is not None:
+                handle.deliver.remote(pickle.dumps(letters))
+            elif node not in self._finding:
+                self._finding.add(node)
+                self._task(self._find(node, letters))
+
+    async def _find(self, node: str, letters: list[tuple[Life, ev.Envelope]]) -> None:
+        try:
+            self._peers[node] = handle = await self._in_thread(cluster.nest_handle, self._record.life, node)
+            handle.deliver.remote(pickle.dumps(letters))
+        except ValueError:
+            logger.debug("the nest of node %s cannot be found", node)  # its messages are lost, as on any network
+        finally:
+            self._finding.discard(node)
+
+    def _do_Hatch(self, effect: ev.Hatch) -> None:
+        self._hosts.hatch(effect)
+
+    def _do_EndLife(self, effect: ev.EndLife) -> None:
+        self._loop.call_soon(self._hosts.end, effect)  # not now: it may answer at once, in the middle of these effects
+
+    def _do_Kill(self, effect: ev.Kill) -> None:
+        self._hosts.kill(effect)
+
+    def _do_Raise(self, effect: ev.Raise) -> None:
+        self._hosts.raise_incarnation(effect)
+
+    def _do_Forget(self, effect: ev.Forget) -> None:
+        self._hosts.forget(effect.dot)
+
+    def _do_ProbeNode(self, effect: ev.ProbeNode) -> None:
+        self._task(self._probe(effect.life))
+
+    async def _probe(self, life: Life) -> None:
+        """Does the raylet of a node accept connections? (M5) Refused: the node is dead; no answer: cut off, or gone."""
+        node, up = self._nodes.get(life.node), False
+        if node is not None:
+            try:
+                connecting = asyncio.open_connection(node.ip, node.raylet_port)
+                _, writer = await asyncio.wait_for(connecting, PROBE)
+                writer.close()
+                up = True
+            except (OSError, TimeoutError):
+                up = False
+        self._handle(ev.NodeProbed(life, up))
+
+    def _do_Demand(self, effect: ev.Demand) -> None:
+        bundles = [dict(bundle) for bundle in effect.bundles]
+        self._task(self._in_background(cluster.request_resources, bundles))
+
+    def _do_Reply(self, effect: ev.Reply) -> None:
+        future = self._replies.pop(effect.request, None)
+        if future is not None and not future.done():
+            future.set_result(effect.outcome)
+
+    def _do_Emit(self, effect: ev.Emit) -> None:
+        self._notices.append(effect.notice)
+        logger.log(effect.notice.level, "%s", getattr(effect.notice, "text", effect.notice))
+
+    def _note_share(self, registry: Registry) -> None:
+        """Tells this nest's share of the load when it changes, as Flock's nodes do."""
+        share = (len(registry.holds.lives), len(registry.replica))
+        if share != self._share and self._share_timer is None and self._ready.is_set():
+            self._share_timer = self._loop.call_later(SHARE_SETTLES, self._tell_share)
+
+    def _tell_share(self) -> None:
+        self._share_timer = None
+        if self._registry is not None:
+            held, total = self._share = (len(self._registry.holds.lives), len(self._registry.replica))
+            part = 100.0 * held / total if total else 0.0
+            logger.info("nest %s has %.1f %% of the load (%d out of %d)", self._node[:8], part, held, total)
+
+    # What others call
+
+    async def ask(self, request: bytes) -> bytes:
+        """A client's request: a pickled event of `core/events.py`; the answer is a pickled outcome. May take as long as its timeout."""
+        event = pickle.loads(request)
+        await self._booted.wait()
+        if self._ending:
+            text = f"flock {self._record.flock!r} is being destroyed; try again when that is done"
+            return pickle.dumps(ev.Refused("FlockNotRunning", text, event.name))
+        if isinstance(event, ev.Start):
+            event = replace(event, wall=time.time_ns())
+        if isinstance(event, ev.Cancel):
+            self._handle(event)
+            return pickle.dumps(ev.Done())
+        future = self._replies[event.request] = self._loop.create_future()
+        self._handle(event)
+        return pickle.dumps(await future)
+
+    async def read(self, query: bytes) -> bytes:
+        """A pickled question about birds or nests, answered from the replica."""
+        kind, *rest = pickle.loads(query)
+        await self._ready.wait()
+        registry = self._registry
+        assert registry is not None
+        if kind == "info":
+            answer: Any = readings.info(registry, *rest)
+        elif kind == "birds":
+            answer = readings.birds(registry, *rest)
+        elif kind == "count":
+            answer = len(registry.replica)
+        elif kind == "nests":
+            answer = readings.nests(registry)
+        else:
+            raise ValueError(f"{kind!r} is no question a nest answers")
+        return pickle.dumps(answer)
+
+    async def deliver(self, letters: bytes) -> None:
+        """Messages of another nest; those for an earlier life of this one are nobody's."""
+        for to, envelope in pickle.loads(letters):
+            if self._registry is not None and to == self._registry.me:
+                self._handle(ev.Received(envelope))
+
+    async def host_says(self, word: bytes) -> bytes | None:
+        said = pickle.loads(word)
+        if self._ending and isinstance(said, wire.HostUp):
+            self._hosts.word(said)
+            return None
+        self._hosts.word(said)
+        if isinstance(said, wire.HostReport):
+            await self._booted.wait()
+            assert self._registry is not None
+            return pickle.dumps(wire.Welcome(self._registry.me))
+        return None
+
+    async def pid(self) -> int:
+        return os.getpid()
+
+    async def ready(self) -> None:
+        """Returns when this nest has its view and acts."""
+        await self._ready.wait()
+
+    async def destroy(self) -> None:
+        """Ends all birds of this node in good order, and then this nest for good."""
+        if self._ending:
+            return
+        self._ending = True
+        for future in self._replies.values():
+            if not future.done():
+                text = f"flock {self._record.flock!r} is being destroyed; try again when that is done"
+                future.set_result(ev.Refused("FlockNotRunning", text, ""))
+        await self._hosts.end_all("shutdown", SHUTDOWN)
+        if self._members is not None:
+            await self._members.close()
+        await self._in_thread(cluster.drop_address, self._record.life, self._node)
+        ray.actor.exit_actor()
+
+    # Small things
+
+    def _in_thread(self, work: Callable[..., Any], *args: Any) -> Awaitable[Any]:
+        return self._loop.run_in_executor(self._thread, lambda: work(*args))
+
+    async def _in_background(self, work: Callable[..., Any], *args: Any) -> None:
+        await self._in_thread(work, *args)
+
+    def _task(self, work: Any) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None and not self._ending:
+            # A nest with a broken part would look alive and not act: its next life adopts its hosts.
+            logger.error("a part of the nest broke; Ray starts it again", exc_info=task.exception())
+            _flush_all(logging.getLogger().handlers)
+            os._exit(1)
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger("flock_ray")
+    if not root.handlers:
+        root.addHandler(handler)
+        root.setLevel(logging.INFO)
+
+
+def _flush_all(handlers: Iterable[logging.Handler]) -> None:
+    for handler in handlers:
+        handler.flush()
