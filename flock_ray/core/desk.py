@@ -209,7 +209,7 @@ class Desk:
         seen = status.incarnation if status is not None else 0
         if waiter.incarnation is None:
             waiter.incarnation = seen
-        if seen > waiter.incarnation or nest.restart(waiter.name):
+        if seen > waiter.incarnation or nest.supervision.restart(waiter.name):
             self._finish(waiter, ev.Done(dot))
             return
         holds = status is not None and status.state != "failed" and status.life in nest.membership.view

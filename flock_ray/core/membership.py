@@ -90,7 +90,7 @@ class Membership:
     def peer(self, life: Life) -> Peer:
         return self.peers.setdefault(life, Peer(life))
 
-    def alive(self, life: Life, now: float) -> bool:
+    def alive(self, life: Life) -> bool:
         """A nest joined or recovered. Returns whether it has to be synced with."""
         if life.node == self.me.node:
             return False  # an earlier life of this node: it cannot be, and only one nest runs here

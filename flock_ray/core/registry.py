@@ -4,22 +4,15 @@ For each name `_evaluate` looks at the whole situation (the replica, the view, w
 It may be called at any time and as often as one likes; events merely mark names to be looked at. So there is one place that decides
 whether a life begins, stays or ends.
 
-A dot at this nest:
+`core/barrier.py` says who permits (H1), `core/handover.py` gets a life from its holder to its owner (H3, H5), `core/supervision.py`
+begins and ends lives (V1, S6), `core/desk.py` answers clients.
 
-                 Hatch           LifeRunning
-  (permitted) ----------> STARTING --------> RUNNING
-                  ^          |                  |      EndLife                 LifeEnded
-                  |          | LifeCrashed      +------------------> ENDING --------------> a record, or nothing
-                  +----- BACKOFF <--------------+                      (released, stopped, lost to the winner)
-
-Rules kept here: H1 to H5 (`core/barrier.py` says who permits), V1, V2, S4, S6, P3. The promise H4: two lives of a name run at the
-same time only where one nest had been declared dead by the other or had never been heard by it.
+The promise, H4: two lives of a name run at the same time only where one nest had been declared dead by the other, or had never been
+heard by it (a split, a boot or join during one, or a false death).
 """
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -27,11 +20,13 @@ from typing import Any
 from flock_ray.config import Config
 from flock_ray.core import events as ev
 from flock_ray.core import notices
-from flock_ray.core.barrier import Barrier, Report
+from flock_ray.core.barrier import Barrier
 from flock_ray.core.desk import Desk
-from flock_ray.core.holds import BirdLife, Holds, Phase
+from flock_ray.core.handover import Handover
+from flock_ray.core.holds import Holds, Phase
 from flock_ray.core.membership import Membership
 from flock_ray.core.replica import Record, RecordChange, Replica
+from flock_ray.core.supervision import Supervision
 from flock_ray.core.sync import Sync
 from flock_ray.specs import Dot, Life, Name, Spec, Stamp, Status
 
@@ -46,17 +41,6 @@ class Attempt:
 
     again_at: float
     count: int = 1
-
-
-@dataclass(slots=True)
-class Pull:
-    """A release (with `keep`) or a drop that this owner asks of a holder."""
-
-    name: Name
-    incarnation: int
-    keep: bool
-    again_at: float = 0.0
-    count: int = 0
 
 
 class Registry:
@@ -77,20 +61,17 @@ class Registry:
         self.barrier = Barrier(self.membership, self.owns)
         self.sync = Sync(self.replica, config.retry_interval)
         self.holds = Holds()
+        self.supervision = Supervision(self)
+        self.handover = Handover(self)
         self.desk = Desk(self)
         self.memory_low = False
         self._counter = 0
-        self._sequence = 0
         self._dirty: dict[Name, None] = {}
         self._waiting: set[Name] = set()  # owned here, and something is missing before they can be hatched
         self._crowded: set[Name] = set()  # of these, those this nest does not admit (P3)
         self._changes: list[RecordChange] = []  # made here, to be told
         self._out: list[ev.Effect] = []
         self._asks: dict[Life, Attempt] = {}
-        self._pulls: dict[tuple[Life, Dot], Pull] = {}
-        self._queue: deque[tuple[Life, Dot]] = deque()
-        self._flying: dict[tuple[Life, Dot], None] = {}
-        self._timers: list[tuple[float, Dot, int]] = []  # backoffs and start timeouts of lives
         self._next_sync = AWAKE
         self._code_ask_at = 0.0
         self._conflicts: dict[Name, tuple[Dot, ...]] = {}
@@ -119,10 +100,8 @@ class Registry:
         if self._dirty:
             return self.now
         times = [self.membership.wake_at(), self.sync.wake_at(), self.desk.wake_at(), self._next_sync]
+        times += [self.supervision.wake_at(), self.handover.wake_at()]
         times += [attempt.again_at for attempt in self._asks.values()]
-        times += [self._pulls[key].again_at for key in self._flying]
-        if self._timers:
-            times.append(self._timers[0][0])
         if self._code_ask_at > self.now:
             times.append(self._code_ask_at)
         return min(times)
@@ -137,8 +116,8 @@ class Registry:
         self.membership.booted(self.now)
         self._next_sync = self.now + self.config.retry_interval
         for name, dot in event.exits:
-            self._changed(self.replica.exited(name, dot))
-            self._out.append(ev.Forget(dot))
+            self.changed(self.replica.exited(name, dot))
+            self.effect(ev.Forget(dot))
         for adopted in event.adopted:
             self._adopt(adopted)
 
@@ -146,33 +125,29 @@ class Registry:
         """Takes over what a host has kept, under its own dot (V2)."""
         name, dot = adopted.name, adopted.dot
         if not self.replica.knows(dot):
-            self._changed(self.replica.add(name, dot, adopted.spec, adopted.code))
+            self.changed(self.replica.add(name, dot, adopted.spec, adopted.code))
         if adopted.record is not None:
             self.holds.keep(name, adopted.record)
             return
-        phase = Phase.RUNNING if adopted.running else Phase.STARTING
-        life = BirdLife(name, dot, adopted.spec, adopted.born, adopted.incarnation, phase, host=adopted.host)
-        life.restarts, life.crashes, life.running_since = adopted.restarts, adopted.crashes, self.now
-        self.holds.begin(life)
-        self._write(life, "running" if adopted.running else "starting")
+        self.supervision.adopt(adopted)
 
     def _on_NodesListed(self, event: ev.NodesListed) -> None:
         self.membership.table(event.nodes)
 
     def _on_MemberAlive(self, event: ev.MemberAlive) -> None:
-        if self.membership.alive(event.life, self.now):
+        if self.membership.alive(event.life):
             self.sync.sessions.pop(event.life, None)
 
     def _on_MemberDead(self, event: ev.MemberDead) -> None:
         if self.membership.dying(event.life):
-            self._out.append(ev.ProbeNode(event.life))
+            self.effect(ev.ProbeNode(event.life))
 
     def _on_NodeProbed(self, event: ev.NodeProbed) -> None:
         self.membership.probed(event.life, event.up, self.now)
 
     def _on_MemoryLow(self, event: ev.MemoryLow) -> None:
         self.memory_low = event.low
-        self._mark(self._crowded)
+        self.mark(self._crowded)
 
     def _on_Tick(self, event: ev.Tick) -> None:
         del event
@@ -200,40 +175,19 @@ class Registry:
         stamp = Stamp(wall, 0) if wall > latest.wall else Stamp(latest.wall, latest.logical + 1)
         self._counter += 1
         dot = Dot(self.me, self._counter)
-        self._changed(self.replica.add(name, dot, spec.stamped(stamp), code))
+        self.changed(self.replica.add(name, dot, spec.stamped(stamp), code))
         self.notice(notices.BirdStarted(self.me, name, dot, 0))
         return dot
 
     def remove(self, name: Name, dots: Iterable[Dot]) -> None:
-        self._changed(self.replica.remove(name, dots))
-
-    def restart(self, name: Name) -> bool:
-        """A new life in place, if this nest is the one to see to it. Returns whether it is."""
-        winner = self.replica.winner(name)
-        if winner is None:
-            return False
-        dot, record = winner
-        life = self.holds.lives.get(dot)
-        if life is not None:
-            life.crashes = 0
-            if life.phase is Phase.BACKOFF:
-                self._schedule(life, self.now)
-            elif life.phase is not Phase.ENDING:
-                life.restart_after = True
-                self._end(life, "stopped", keep=False)
-            return True
-        if self.owns(name) and record.status is not None and record.status.state == "failed":
-            cleared = Status(record.status.incarnation + 1, self.me, self._next(), "restarting", restarts=record.status.restarts)
-            self._changed(self.replica.set_status(name, dot, cleared))
-            return True
-        return False
+        self.changed(self.replica.remove(name, dots))
 
     # Messages
 
     def _on_Received(self, event: ev.Received) -> None:
         envelope = event.envelope
         if isinstance(envelope.body, ev.Relay):
-            self._out.append(ev.Send(envelope.body.to, envelope.body.envelope))
+            self.effect(ev.Send(envelope.body.to, envelope.body.envelope))
             return
         peer = self.membership.peer(envelope.sender)
         fresh = envelope.number >= peer.heard
@@ -245,9 +199,9 @@ class Registry:
 
     def _got_News(self, envelope: ev.Envelope, news: ev.News, fresh: bool) -> None:
         del fresh
-        self._joined(self.replica.join(news.update))
+        self.joined(self.replica.join(news.update))
         if news.ack:
-            self._reply(envelope, ev.Acknowledge(news.ack))
+            self.reply(envelope, ev.Acknowledge(news.ack))
 
     def _got_Acknowledge(self, envelope: ev.Envelope, body: ev.Acknowledge, fresh: bool) -> None:
         del envelope, fresh
@@ -256,7 +210,7 @@ class Registry:
     def _got_SyncAsk(self, envelope: ev.Envelope, ask: ev.SyncAsk, fresh: bool) -> None:
         del fresh
         self.membership.peer(envelope.sender).view = ask.view
-        self._reply(envelope, self.sync.answer(ask, self._fading(), self.membership.view))
+        self.reply(envelope, self.sync.answer(ask, self._fading(), self.membership.view))
 
     def _got_SyncAnswer(self, envelope: ev.Envelope, answer: ev.SyncAnswer, fresh: bool) -> None:
         del fresh
@@ -265,7 +219,7 @@ class Registry:
         progress = self.sync.proceed(envelope.sender, answer)
         if session is None or progress is None:
             return
-        self._joined(progress.changes)
+        self.joined(progress.changes)
         if progress.news is not None:
             self.send(envelope.sender, ev.News(progress.news))
         if progress.complete:
@@ -277,218 +231,71 @@ class Registry:
             return
         asker, placement = envelope.sender, self.membership.placement
         if asker not in self.membership.view:
-            self._reply(envelope, ev.BarrierAnswer(ask.number, (), frozenset(), frozenset(), ()))  # says by its envelope that nothing is good
+            self.reply(envelope, ev.BarrierAnswer(ask.number, (), frozenset(), frozenset(), ()))  # says by its envelope that nothing is good
             return
         self._placement_changed()
         table, ring = placement.table(), placement.ring
         placed = frozenset(name for name, node in table.items() if node == asker.node)
         elsewhere = frozenset(name for name in table if name not in placed and ring.owner(name) == asker.node)
         held = tuple(hold for name in self.holds.names() if placement.owner(name) == asker for hold in self.holds.of(name))
-        self._reply(envelope, ev.BarrierAnswer(ask.number, tuple(ring.weights.items()), placed, elsewhere, held))
+        self.reply(envelope, ev.BarrierAnswer(ask.number, tuple(ring.weights.items()), placed, elsewhere, held))
 
     def _got_BarrierAnswer(self, envelope: ev.Envelope, answer: ev.BarrierAnswer, fresh: bool) -> None:
         membership = self.membership
         if not (fresh and envelope.accepts and answer.number == membership.number and envelope.sender in membership.view):
             return
-        self._mark(self.barrier.take(envelope.sender, answer))
-        self._mark(self._waiting)
+        self.mark(self.barrier.take(envelope.sender, answer))
+        self.mark(self._waiting)
         self._asks.pop(envelope.sender, None)
 
     def _got_Release(self, envelope: ev.Envelope, release: ev.Release, fresh: bool) -> None:
         del fresh
-        asker, dot = envelope.sender, release.dot
-        accepted = asker in self.membership.view
-        record = self.holds.records.get(dot)
-        if not release.keep and accepted and record is not None and record.incarnation == release.incarnation:
-            self._drop_record(release.name, dot)
-        life = self.holds.lives.get(dot)
-        if life is not None and life.incarnation == release.incarnation:
-            if life.phase is not Phase.ENDING and not self._stands(release.name) and (release.keep or accepted):
-                self._end(life, "moved", release.keep)
-                life = self.holds.lives.get(dot)
-            if life is not None:
-                if life.phase is Phase.ENDING:
-                    life.askers[asker] = (envelope, release)
-                return  # it is answered when it has ended, or asked again when the views agree
-        self._answer_release(envelope, release)
-
-    def _stands(self, name: Name) -> bool:
-        """Who counts itself the owner does not release."""
-        return self.membership.ready and self.owns(name)
-
-    def _answer_release(self, envelope: ev.Envelope, release: ev.Release) -> None:
-        life, record = self.holds.lives.get(release.dot), self.holds.records.get(release.dot)
-        now = None
-        if life is not None:
-            now = life.incarnation
-        elif record is not None and record.incarnation != release.incarnation:
-            now = record.incarnation
-        content = self.replica.content([release.name])
-        kept = record if now is None else None
-        self._reply(envelope, ev.ReleaseAnswer(release.name, release.dot, release.incarnation, kept, now, content))
+        self.handover.release(envelope, release)
 
     def _got_ReleaseAnswer(self, envelope: ev.Envelope, answer: ev.ReleaseAnswer, fresh: bool) -> None:
         del fresh
-        holder, name, dot = envelope.sender, answer.name, answer.dot
-        self._joined(self.replica.join_content(answer.content))
-        self._flying.pop((holder, dot), None)
-        self._pulls.pop((holder, dot), None)
-        self._mark([name])
-        report = self.barrier.reports.get(name, {}).get((holder, dot))
-        if report is None or report.incarnation != answer.incarnation:
-            return
-        if answer.now is not None:
-            report.incarnation, report.has_record = answer.now, False
-        elif answer.record is not None:
-            report.has_record, report.alive = True, False
-            self.holds.keep(name, answer.record)  # also for a dot not known here yet
-        else:
-            self.barrier.drop_report(name, holder, dot)
+        self.handover.answered(envelope, answer)
 
     def _got_LookUp(self, envelope: ev.Envelope, body: ev.LookUp, fresh: bool) -> None:
         del fresh
-        self._reply(envelope, ev.LookUpAnswer(body.name, self.replica.content([body.name])))
+        self.reply(envelope, ev.LookUpAnswer(body.name, self.replica.content([body.name])))
 
     def _got_LookUpAnswer(self, envelope: ev.Envelope, answer: ev.LookUpAnswer, fresh: bool) -> None:
         del fresh
-        self._joined(self.replica.join_content(answer.content))
+        self.joined(self.replica.join_content(answer.content))
         self.desk.looked_up(answer.name, envelope.sender)
 
     def _got_RestartAsk(self, envelope: ev.Envelope, body: ev.RestartAsk, fresh: bool) -> None:
         del envelope, fresh
         winner = self.replica.winner(body.name)
         if winner is not None and winner[0] == body.dot:
-            self.restart(body.name)
-            self._mark([body.name])
+            self.supervision.restart(body.name)
+            self.mark([body.name])
 
     def _got_CodeAsk(self, envelope: ev.Envelope, body: ev.CodeAsk, fresh: bool) -> None:
         del fresh
         code = {digest: self.replica.code[digest] for digest in body.digests if digest in self.replica.code}
         if code:
-            self._reply(envelope, ev.CodeAnswer(code))
+            self.reply(envelope, ev.CodeAnswer(code))
 
     def _got_CodeAnswer(self, envelope: ev.Envelope, body: ev.CodeAnswer, fresh: bool) -> None:
         del envelope, fresh
         self.replica.take_code(body.code)
-        self._mark(self._waiting)
+        self.mark(self._waiting)
 
-    # What becomes of lives
+    # What hosts say of lives
 
     def _on_LifeRunning(self, event: ev.LifeRunning) -> None:
-        life = self.holds.life(event.dot, event.born)
-        if life is None or life.phase is not Phase.STARTING:
-            return
-        life.phase, life.host, life.running_since = Phase.RUNNING, event.host, self.now
-        if life.source is not None:
-            life.source = None
-            self._out.append(ev.Forget(life.dot))
-        self._write(life, "running")
-        self.notice(notices.BirdRunning(self.me, life.name, life.dot, life.incarnation))
-        self._mark([life.name])
+        self.supervision.running(event)
 
     def _on_LifeCrashed(self, event: ev.LifeCrashed) -> None:
-        life = self.holds.life(event.dot, event.born)
-        if life is None or life.phase is Phase.BACKOFF:
-            return
-        if life.phase is Phase.ENDING:
-            self._ended(life, None, False)
-            return
-        options = life.spec.options
-        self.notice(notices.BirdCrashed(self.me, life.name, life.dot, life.incarnation, event.error))
-        life.error = event.error
-        if options.restart == "temporary":
-            self._left(life)
-            return
-        if life.phase is Phase.RUNNING and self.now - life.running_since >= options.healthy_after:
-            life.crashes = 0
-        life.crashes += 1
-        life.restarts += 1
-        if life.crashes > options.max_restarts:
-            self._fail(life)
-            return
-        backoff = min(self.config.backoff_initial * 2.0 ** (life.crashes - 1), self.config.backoff_max)
-        self._back_off(life, self.now + backoff * (0.5 + self.jitter() / 2))
-
-    def _fail(self, life: BirdLife) -> None:
-        life.phase = Phase.ENDING  # it is no hold any more: a failed bird runs nowhere
-        self._write(life, "failed")
-        self.notice(notices.BirdFailed(self.me, life.name, life.dot, life.incarnation, life.error))
-        self.holds.end(life)
-        self._mark([life.name])
-
-    def _back_off(self, life: BirdLife, until: float) -> None:
-        life.phase = Phase.BACKOFF
-        self._schedule(life, until)
-        self._write(life, "restarting")
-        self._mark([life.name])
-
-    def _schedule(self, life: BirdLife, at: float) -> None:
-        life.due = at
-        heapq.heappush(self._timers, (at, life.dot, life.born))
+        self.supervision.crashed(event)
 
     def _on_LifeExited(self, event: ev.LifeExited) -> None:
-        life = self.holds.life(event.dot, event.born)
-        self._out.append(ev.Forget(event.dot))
-        if life is None:
-            return
-        if life.spec.options.restart == "permanent" and life.phase is not Phase.ENDING:
-            life.restarts += 1
-            self._back_off(life, self.now + self.config.backoff_initial)
-        else:
-            self._left(life)
-
-    def _left(self, life: BirdLife) -> None:
-        """It ended for good, of itself: just the dot that ran is removed (V1)."""
-        self.holds.end(life)
-        self.remove(life.name, [life.dot])
-        self._answer_askers(life)
-        self.notice(notices.BirdStopped(self.me, life.name, life.dot, life.incarnation))
+        self.supervision.exited(event)
 
     def _on_LifeEnded(self, event: ev.LifeEnded) -> None:
-        life = self.holds.life(event.dot, event.born)
-        if life is None or life.phase is Phase.BACKOFF:
-            return
-        if life.phase is not Phase.ENDING:
-            life.keep = True  # an earlier life of this nest had begun to end it
-        self._ended(life, event.state, event.handed_over)
-
-    def _end(self, life: BirdLife, reason: str, keep: bool) -> None:
-        """Begins to end a life in good order."""
-        had_process = life.phase in (Phase.STARTING, Phase.RUNNING)
-        life.phase, life.keep, life.reason = Phase.ENDING, keep, reason
-        if reason == "moved":
-            self._write(life, "moving")
-        if had_process:
-            self._out.append(ev.EndLife(life.dot, life.born, reason, keep, life.spec.options.stop_timeout))
-        else:
-            self._ended(life, None, False)
-
-    def _ended(self, life: BirdLife, state: bytes | None, handed_over: bool) -> None:
-        self.holds.end(life)
-        if life.restart_after and self.replica.record(life.name, life.dot) is not None:
-            life.restart_after = False
-            self.holds.begin(life)
-            self._back_off(life, self.now)
-        elif life.keep and (handed_over or life.source is not None):
-            if not handed_over and life.source is not None:
-                state = life.source.state  # it never ran: what it was to take over is handed on
-            self.holds.keep(life.name, ev.Released(life.dot, life.incarnation, self.me, state))
-        moved = life.reason == "moved"
-        kind = notices.BirdMoved if moved else notices.BirdStopped
-        self.notice(kind(self.me, life.name, life.dot, life.incarnation))
-        self._answer_askers(life)
-        self._mark([life.name])
-
-    def _answer_askers(self, life: BirdLife) -> None:
-        for envelope, release in life.askers.values():
-            self._answer_release(envelope, release)
-        life.askers.clear()
-        self._mark([life.name])
-        self._mark(self._crowded)
-
-    def _drop_record(self, name: Name, dot: Dot) -> None:
-        self.holds.drop(name, dot)
-        self._out.append(ev.Forget(dot))
+        self.supervision.ended(event)
 
     # Looking at a name
 
@@ -504,7 +311,7 @@ class Registry:
                     self._settle(name, *winner)
                 else:
                     self._waiting.add(name)
-            self._plan_pulls(name)
+            self.handover.plan(name)
         elif self.membership.ready and self.membership.placement.owner(name) is None:
             self._evict(name)
         self.desk.look(name)
@@ -513,7 +320,7 @@ class Registry:
         """It fits nowhere (any more): its room belongs to birds with earlier stamps (P2). What it hands over waits here for an owner."""
         for life in self.holds.lives_of(name):
             if life.phase is not Phase.ENDING and life.spec.options.moves and life.spec.options.placed:
-                self._end(life, "moved", keep=True)
+                self.supervision.end(life, "moved", keep=True)
 
     def _reap(self, name: Name) -> None:
         """Ends what was stopped, and forgets records that nobody needs (H3)."""
@@ -523,20 +330,20 @@ class Registry:
             gone = dot not in entries and self.replica.knows(dot)
             life, record = self.holds.lives.get(dot), self.holds.records.get(dot)
             if life is not None and gone and life.phase is not Phase.ENDING:
-                self._end(life, "stopped", keep=False)
+                self.supervision.end(life, "stopped", keep=False)
             if record is not None:
                 beaten = winner is not None and winner[0] != dot and winner[1].status is not None
                 if gone or beaten or (life is not None and life.incarnation > record.incarnation):
-                    self._drop_record(name, dot)
+                    self.handover.drop_record(name, dot)
 
     def _settle(self, name: Name, dot: Dot, record: Record) -> None:
         """It is permitted that the winner lives here: so it does, and nothing else of the name."""
         here = self.holds.lives_of(name)
         for life in here:
             if life.dot != dot and life.phase is not Phase.ENDING:
-                self._end(life, "stopped", keep=False)
+                self.supervision.end(life, "stopped", keep=False)
         if dot in self.holds.lives:
-            self._raise(self.holds.lives[dot], record)
+            self.supervision.raise_incarnation(self.holds.lives[dot], record)
         elif not self.holds.lives_of(name):
             self._hatch(name, dot, record)
 
@@ -554,38 +361,10 @@ class Registry:
             self._crowded.add(name)
             if status is None or (status.state, status.reason) != ("pending", reason):
                 incarnation, restarts, crashes = (status.incarnation, status.restarts, status.crashes) if status else (0, 0, 0)
-                pending = Status(incarnation + 1, self.me, self._next(), "pending", "", restarts, crashes, "", reason)
-                self._changed(self.replica.set_status(name, dot, pending))
+                pending = Status(incarnation + 1, self.me, self.supervision.next_sequence(), "pending", "", restarts, crashes, "", reason)
+                self.changed(self.replica.set_status(name, dot, pending))
             return
-        source = self.holds.records.get(dot)
-        incarnation = max(status.incarnation if status else 0, source.incarnation if source else 0)
-        life = BirdLife(name, dot, record.spec, incarnation + 1, incarnation + 1, Phase.STARTING, source=source)
-        if source is not None:
-            self.holds.drop(name, dot)  # it lives on as the source, until this life runs
-        if status is not None:
-            life.restarts, life.crashes, life.error = status.restarts, status.crashes, status.error
-            if status.state == "starting" and status.life not in self.membership.view:
-                life.crashes += 1  # it may be what took its node down (S6)
-                life.restarts += 1
-        self.holds.begin(life)
-        if life.crashes > record.spec.options.max_restarts:
-            life.error = life.error or "its node died each time it was started"
-            self._fail(life)
-        else:
-            self._begin(life)
-
-    def _begin(self, life: BirdLife) -> None:
-        """Starts the process of a life; that it starts is written first (S6)."""
-        life.phase, life.born = Phase.STARTING, life.incarnation
-        self._write(life, "starting")
-        spec, source = life.spec, life.source
-        state, has_state = (source.state, True) if source is not None else (None, False)
-        code = self.replica.code[spec.code]
-        self._out.append(
-            ev.Hatch(life.name, life.dot, life.born, spec, code, life.restarts, life.crashes, state, has_state)
-        )
-        if spec.options.start_timeout is not None:
-            self._schedule(life, self.now + spec.options.start_timeout)
+        self.supervision.hatch(name, dot, record)
 
     def _not_admitted(self, status: Status | None) -> str:
         """Why this nest does not take one more bird (P3); empty if it does."""
@@ -598,23 +377,6 @@ class Registry:
             return f"its node has less than min_free_memory={self.config.min_free_memory:g} of its memory free"
         return ""
 
-    def _raise(self, life: BirdLife, record: Record) -> None:
-        """The life that stays takes an incarnation above every one displaced, and writes it (H4)."""
-        status, released = record.status, self.holds.records.get(life.dot)
-        if life.phase is Phase.ENDING:
-            return
-        if status is not None and status.life in self.membership.living() and status.life not in self.membership.view:
-            return  # it will be admitted and released, or die; raised now, the two would outbid each other at wire speed
-        mine = status is not None and (status.incarnation, status.life) == (life.incarnation, self.me)
-        if mine and released is None:
-            return
-        above = max(life.incarnation, status.incarnation if status else 0, released.incarnation if released else 0)
-        life.incarnation = above + 1
-        if released is not None:
-            self._drop_record(life.name, life.dot)
-        self._out.append(ev.Raise(life.dot, life.born, life.incarnation))
-        self._write(life, {Phase.STARTING: "starting", Phase.RUNNING: "running", Phase.BACKOFF: "restarting"}[life.phase])
-
     def _tell_conflict(self, name: Name, winner: Dot) -> None:
         pairs = self.replica.records(name)
         if len(pairs) < 2:
@@ -626,63 +388,6 @@ class Registry:
             self._conflicts[name] = losers
             self.notice(notices.NameConflict(self.me, name, winner, losers))
 
-    # Pulling what others hold
-
-    def _plan_pulls(self, name: Name) -> None:
-        reports = self.barrier.reports.get(name)
-        if not reports:
-            return
-        for (holder, dot), report in reports.items():
-            keep = self._wants(name, holder, dot, report) if self.barrier.cleared(holder, name) else None
-            key = (holder, dot)
-            pull = self._pulls.get(key)
-            if keep is None:
-                self._pulls.pop(key, None)
-                self._flying.pop(key, None)
-            elif pull is None or (pull.incarnation, pull.keep) != (report.incarnation, keep):
-                if pull is None:
-                    self._queue.append(key)
-                self._pulls[key] = Pull(name, report.incarnation, keep)
-
-    def _wants(self, name: Name, holder: Life, dot: Dot, report: Report) -> bool | None:
-        """What to ask of a holder: release it with its state (True), drop it (False), or nothing now (None)."""
-        winner = self.replica.winner(name)
-        here = [life for life in self.holds.lives_of(name) if life.phase is not Phase.ENDING]
-        lost = self.replica.knows(dot) and (winner is None or winner[0] != dot)
-        if lost:
-            return False
-        if here:
-            # What was fetched is needed at the holder until the life that takes it over runs.
-            return None if report.has_record and any(life.phase is not Phase.RUNNING for life in here) else False
-        if report.has_record:
-            return None
-        if winner is not None and not winner[1].spec.options.moves and report.alive:
-            alive = [(r.incarnation, life) for (life, d), r in self.barrier.reports[name].items() if r.alive and d == dot]
-            failed = winner[1].status is not None and winner[1].status.state == "failed"
-            if not failed:
-                return None if (report.incarnation, holder) == max(alive) else False
-        return True
-
-    def _pull(self) -> None:
-        for key in [key for key in self._flying if self._pulls[key].again_at <= self.now]:
-            self._send_pull(key)
-        while self._queue and len(self._flying) < self.config.moves_in_flight:
-            key = self._queue.popleft()
-            if key in self._pulls and key not in self._flying:
-                self._flying[key] = None
-                self._send_pull(key)
-
-    def _send_pull(self, key: tuple[Life, Dot]) -> None:
-        holder, dot = key
-        pull = self._pulls[key]
-        if key not in self.barrier.reports.get(pull.name, {}) or not self.barrier.cleared(holder, pull.name):
-            del self._pulls[key]  # another view was adopted, or the holder does not agree any more
-            self._flying.pop(key, None)
-            return
-        pull.again_at = self.now + self.config.retry_interval
-        self.send(holder, ev.Release(pull.name, dot, pull.incarnation, pull.keep), pull.count)
-        pull.count += 1
-
     # Time
 
     def _advance(self) -> None:
@@ -692,17 +397,17 @@ class Registry:
             self._adopted(old)
         if self.membership.ready and not was_ready:
             self.notice(notices.NestReady(self.me, self.me))
-            self._mark(self.replica)
-            self._mark(self.holds.names())
+            self.mark(self.replica)
+            self.mark(self.holds.names())
         self._placement_changed()
-        self._run_timers()
+        self.supervision.run_timers()
         self.desk.run()
         for _ in range(min(NAMES_A_STEP, len(self._dirty))):
             name = next(iter(self._dirty))
             del self._dirty[name]
             self._evaluate(name)
         self._ask_barrier()
-        self._pull()
+        self.handover.run()
         self._synchronise()
         self._ask_code()
         self._publish()
@@ -715,11 +420,9 @@ class Registry:
             self.notice(notices.NestLeft(self.me, life))
         self.barrier.adopted(old)
         self._asks = {life: attempt for life, attempt in self._asks.items() if life in view}
-        for key in [key for key in self._pulls if key[0] not in view]:
-            del self._pulls[key]
-            self._flying.pop(key, None)
-        self._mark(self.replica)
-        self._mark(self.holds.names())
+        self.handover.view_changed()
+        self.mark(self.replica)
+        self.mark(self.holds.names())
 
     def _placement_changed(self) -> None:
         """Placed names have new owners: like a view of its own, or answers given before could be taken for later ones (M3)."""
@@ -731,38 +434,17 @@ class Registry:
         changed = self.barrier.placement_changed()
         if changed:
             self.membership.number += 1
-            self._mark(changed)
+            self.mark(changed)
         lacking = sorted(record.spec.options.demand for _, record in self._unplaced(placement.table()))
         if tuple(lacking) != self._demanded:
             self._demanded = tuple(lacking)
-            self._out.append(ev.Demand(self._demanded))
+            self.effect(ev.Demand(self._demanded))
 
     def _unplaced(self, table: Any) -> Iterable[tuple[Dot, Record]]:
         for name, node in table.items():
             winner = self.replica.winner(name)
             if node is None and winner is not None:
                 yield winner
-
-    def _run_timers(self) -> None:
-        while self._timers and self._timers[0][0] <= self.now:
-            at, dot, born = heapq.heappop(self._timers)
-            life = self.holds.life(dot, born)
-            if life is None or at < life.due:
-                continue
-            if life.phase is Phase.BACKOFF:
-                self._hatch_again(life)
-            elif life.phase is Phase.STARTING and life.spec.options.start_timeout is not None:
-                text = f"its __init__ did not return within start_timeout={life.spec.options.start_timeout:g} s"
-                self._out.append(ev.Kill(dot, born, text))
-
-    def _hatch_again(self, life: BirdLife) -> None:
-        """The next life in place, after a crash (V1): the hold never ended, so there is nobody to ask."""
-        record = self.replica.record(life.name, life.dot)
-        if record is None or life.spec.code not in self.replica.code:
-            self._end(life, "stopped", keep=False)
-            return
-        life.incarnation = max(life.incarnation, record.status.incarnation if record.status else 0) + 1
-        self._begin(life)
 
     def _ask_barrier(self) -> None:
         if not self.membership.ready:
@@ -836,33 +518,30 @@ class Registry:
 
     # Small things
 
-    def _mark(self, names: Iterable[Name]) -> None:
+    def mark(self, names: Iterable[Name]) -> None:
         for name in names:
             self._dirty[name] = None
 
-    def _joined(self, changes: Iterable[RecordChange]) -> None:
-        self._mark(change.key for change in changes)
+    def joined(self, changes: Iterable[RecordChange]) -> None:
+        self.mark(change.key for change in changes)
 
-    def _changed(self, change: RecordChange | None) -> None:
+    def changed(self, change: RecordChange | None) -> None:
         if change is not None:
             self._changes.append(change)
-            self._mark([change.key])
+            self.mark([change.key])
 
-    def _next(self) -> int:
-        self._sequence += 1
-        return self._sequence
+    def mark_crowded(self) -> None:
+        """There may be room again."""
+        self.mark(self._crowded)
 
-    def _write(self, life: BirdLife, state: str) -> None:
-        status = Status(
-            life.incarnation, self.me, self._next(), state, life.host, life.restarts, life.crashes, life.error
-        )
-        self._changed(self.replica.set_status(life.name, life.dot, status))
+    def effect(self, effect: ev.Effect) -> None:
+        self._out.append(effect)
 
     def notice(self, notice: notices.Notice) -> None:
-        self._out.append(ev.Emit(notice))
+        self.effect(ev.Emit(notice))
 
     def answer(self, request: str, outcome: ev.Outcome) -> None:
-        self._out.append(ev.Reply(request, outcome))
+        self.effect(ev.Reply(request, outcome))
 
     def send(self, to: Life, body: ev.Body, attempts: int = 0) -> None:
         """Sends to a nest; after some vain attempts every other one goes through a third (H2)."""
@@ -872,15 +551,15 @@ class Registry:
             third = thirds[(attempts // 2) % len(thirds)]
             envelope = ev.Envelope(self.me, envelope.number, envelope.accepts, body, relayed_by=third)
             relay = ev.Relay(to, envelope)
-            self._out.append(ev.Send(third, ev.Envelope(self.me, envelope.number, True, relay)))
+            self.effect(ev.Send(third, ev.Envelope(self.me, envelope.number, True, relay)))
         else:
-            self._out.append(ev.Send(to, envelope))
+            self.effect(ev.Send(to, envelope))
 
-    def _reply(self, envelope: ev.Envelope, body: ev.Body) -> None:
+    def reply(self, envelope: ev.Envelope, body: ev.Body) -> None:
         """Answers on the way the message came."""
         answer = ev.Envelope(self.me, self.membership.number, envelope.sender in self.membership.view, body)
         if envelope.relayed_by is not None:
             relay = ev.Envelope(self.me, answer.number, True, ev.Relay(envelope.sender, answer))
-            self._out.append(ev.Send(envelope.relayed_by, relay))
+            self.effect(ev.Send(envelope.relayed_by, relay))
         else:
-            self._out.append(ev.Send(envelope.sender, answer))
+            self.effect(ev.Send(envelope.sender, answer))

@@ -7,7 +7,7 @@
 the bird decide which actor is made: `AsyncHostActor` if one of its methods is `async def` (`life.is_async`), else `HostActor`.
 
 Rules kept here: a host hatches one life and ends with it; an order for a life that is not here is answered as if it had just ended,
-and such a life is then never begun; the process ends by `os._exit`, after what it had to say was delivered.
+and such a life is then never begun; the process ends when what it had to say was delivered, or at once when its nest or raylet is gone.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ log = logging.getLogger("flock_ray.host")
 
 LINGER = 2.0  # seconds a host whose life has ended still says "moved": longer spares late callers a dead actor, and costs the process
 CRASH_LINGER = 0.2  # seconds for the last answer of a crashed life to leave the process
+FAREWELL = 1.0  # seconds Ray is given to end the process; it cannot while a method runs
 FORGOTTEN = 60.0  # seconds after which a host that left in good order ends without its nest's ForgetOrder
 
 
@@ -82,12 +83,12 @@ class Host:
 
     Args:
         link: to the nest.
-        exit: ends the process with a code.
+        leave: ends the process with a code.
         raylet_pid: `None` where there is no raylet.
     """
 
     def __init__(
-        self, boot: HostBoot, link: NestLink, node_id: str, raylet_pid: int | None = None, exit: Callable[[int], object] = os._exit
+        self, boot: HostBoot, link: NestLink, node_id: str, raylet_pid: int | None = None, leave: Callable[[int], object] = os._exit
     ) -> None:
         self.boot = boot
         self.host = boot.host
@@ -95,7 +96,7 @@ class Host:
         self.node_id = node_id
         self.scheduler = Scheduler()
         self._nest = boot.nest
-        self._exit_process = exit
+        self._leave_process = leave
         self._lock = threading.Lock()
         self._life: HostedLife | None = None
         self._never: set[tuple[Dot, int]] = set()  # lives that were to end before they began
@@ -111,8 +112,8 @@ class Host:
     # What nests order
 
     def accept(self, order: bytes, make: Callable[[HatchOrder, Host], HostedLife]) -> HostedLife | None:
-        """The life to hatch; `None` if it must not be."""
-        head: HatchOrder = decode(order)[0]
+        """The life to hatch, of a pickled `HatchOrder`; `None` if it must not be."""
+        head: HatchOrder = pickle.loads(order)
         for path in self.boot.sys_path:
             if path not in sys.path:
                 sys.path.append(path)
@@ -218,7 +219,7 @@ class Host:
                 stream.flush()
             except (OSError, ValueError):  # nobody reads it any more
                 continue
-        self._exit_process(code)
+        self._leave_process(code)
 
     def _orphaned(self) -> None:
         if self._life is None:
@@ -246,8 +247,8 @@ class RayNestLink:
 
     def _get(self, ref: Any, timeout: float) -> Any:
         try:
-            return ray.get(ref, timeout=timeout)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            return ref.future().result(timeout)  # `ray.get` warns in every thread of an async actor
+        except (ray.exceptions.RayActorError, TimeoutError) as error:
             raise NestAwayError(str(error)) from error
 
 
@@ -310,7 +311,15 @@ def _start(boot: bytes, nest: Any) -> Host:
     name_records()
     raylet = os.environ.get("RAY_RAYLET_PID")
     node_id = ray.get_runtime_context().get_node_id()
-    return Host(pickle.loads(boot), RayNestLink(nest), node_id, int(raylet) if raylet else None)
+    return Host(pickle.loads(boot), RayNestLink(nest), node_id, int(raylet) if raylet else None, _leave)
+
+
+def _leave(code: int) -> None:
+    """Ends the process: in good order, so that Ray does not warn of a dead worker, or at once with a code other than 0."""
+    if code == 0:
+        ray.get_runtime_context().current_actor.__ray_terminate__.remote()
+        time.sleep(FAREWELL)
+    os._exit(code)
 
 
 def label_output(name: Name, job_id: str) -> None:

@@ -9,7 +9,7 @@ an event loop.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ import ray
 from ray import exceptions
 from ray.actor import ActorHandle
 
+from flock_ray.config import Config
 from flock_ray.runtime import cluster
 from flock_ray.specs import Route
 
@@ -71,6 +72,8 @@ class Link(Protocol):
 class NestLink(Protocol):
     """The way to a nest."""
 
+    def lost(self) -> bool: ...
+
     def ask(self, request: bytes) -> Reply: ...
 
     def read(self, query: bytes) -> Reply: ...
@@ -91,8 +94,24 @@ class Links(Protocol):
         """May block. Raises `FlockNotRunning`."""
         ...
 
+    def config(self, flock: str) -> Config:
+        """The settings of a flock whose nest was found."""
+        ...
+
+    def ensure(self, flock: str, settings: Mapping[str, Any]) -> Config:
+        """Creates the flock, if it is not there. May block. Raises `FlockNotRunning`, `ValueError`."""
+        ...
+
+    def destroy(self, flock: str) -> None:
+        """Ends the flock. May block."""
+        ...
+
     def forget(self, flock: str) -> None:
         """Finds the flock's nest anew next time."""
+        ...
+
+    def forget_hosts(self) -> None:
+        """Drops what is kept of hosts."""
         ...
 
     def done(self, replies: Sequence[Reply]) -> list[bool]:
@@ -144,7 +163,8 @@ class _RayLink:
         self.name = name
         self.used_at = time.monotonic()
         self._gone = False
-        self._state: Callable[[], int | None] | None = getattr(handle, "_get_local_state", None)
+        # private, and so optional; Ray Client's handles would make a remote method of it
+        self._state: Callable[[], int | None] | None = getattr(handle, "_get_local_state", None) if isinstance(handle, ActorHandle) else None
 
     def lost(self) -> bool:
         """Ray tells every holder of a handle of the actor's death; asking what it was told takes 0.3 us."""
@@ -217,6 +237,15 @@ class RayLinks:
 
     def nest(self, flock: str, timeout: float) -> RayNestLink:
         return RayNestLink(cluster.local_nest(flock, timeout), flock)
+
+    def config(self, flock: str) -> Config:
+        return cluster.config_of(flock)
+
+    def ensure(self, flock: str, settings: Mapping[str, Any]) -> Config:
+        return cluster.ensure_flock(flock, dict(settings))
+
+    def destroy(self, flock: str) -> None:
+        cluster.destroy(flock)
 
     def forget(self, flock: str) -> None:
         cluster.forget(flock)

@@ -1,0 +1,179 @@
+"""What a process asks of the nests: one request, asked again under the same id until a nest has answered or the time is over.
+
+Rules kept here: a nest that dies comes back under its handle within about 2 s (M5), so a request is repeated, and its id makes it one;
+finding a nest may block on the head node, so it happens in the courier's pool, once. The last dot written here for a name goes with
+every question about it (C3).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import pickle
+import uuid
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from flock_ray.config import Config
+from flock_ray.core import events as ev
+from flock_ray.errors import CallTimeout
+from flock_ray.runtime.courier import Courier
+from flock_ray.runtime.links import Down, Links, NestLink, NoAnswer, Raw, Reply
+from flock_ray.runtime.pending import FOREVER, named_error
+from flock_ray.specs import Dot, Name, Route, Spec
+
+LATE = 1.0  # seconds a nest may answer after the time it was given
+PAUSE = 0.2  # seconds before a nest that is down is asked again
+FIND_SECONDS = 10.0  # how long a nest is looked for
+READ_SECONDS = 30.0  # how long a nest may be away before a look into its replica gives up
+REMEMBERED = 65_536  # names whose last dot is kept
+
+Request = TypeVar("Request", ev.Start, ev.Stop, ev.Restart, ev.Locate)
+
+
+class Asks:
+    """A process's requests to the nests of one flock. Coroutines, for the courier's thread."""
+
+    def __init__(self, flock: str, links: Links, courier: Courier, clock: Callable[[], float]) -> None:
+        self.flock = flock
+        self._links = links
+        self._courier = courier
+        self._clock = clock
+        self._nest: NestLink | None = None
+        self._config: Config | None = None
+        self._written: OrderedDict[Name, Dot] = OrderedDict()
+
+    @property
+    def known_config(self) -> Config | None:
+        """The flock's settings, once anything was asked."""
+        return self._config
+
+    def written(self, name: Name) -> Dot | None:
+        """The last dot this process wrote for the name."""
+        return self._written.get(name)
+
+    async def ensure(self, settings: dict[str, Any]) -> Config:
+        """Creates the flock if it is not there (`init`, the first `start`)."""
+        if settings or self._config is None or self._nest is None:
+            self._config = await self._courier.blocking(self._links.ensure, self.flock, settings)
+            await self._find()
+        return self._config
+
+    async def config(self) -> Config:
+        """The flock's settings; finds a nest for it.
+
+        Raises:
+            FlockNotRunning: there is none.
+        """
+        if self._config is None:
+            await self._find()
+            self._config = self._links.config(self.flock)
+        return self._config
+
+    async def start(self, name: Name, spec: Spec, code: bytes, wall: int, until: float) -> ev.Accepted:
+        outcome = await self._ask(ev.Start(spec.request_id, name, spec, code, wall), until)
+        if isinstance(outcome, ev.Accepted):
+            self._written[name] = outcome.dot
+            self._written.move_to_end(name)
+            if len(self._written) > REMEMBERED:
+                self._written.popitem(last=False)
+            return outcome
+        raise self._error(outcome, name)
+
+    async def stop(self, name: Name, after: Dot | None, until: float) -> None:
+        outcome = await self._ask(ev.Stop(_id(), name, after or self.written(name)), until)
+        if not isinstance(outcome, ev.Done):
+            raise self._error(outcome, name)
+
+    async def restart(self, name: Name, after: Dot | None, until: float) -> None:
+        outcome = await self._ask(ev.Restart(_id(), name, after or self.written(name)), until)
+        if not isinstance(outcome, ev.Done):
+            raise self._error(outcome, name)
+
+    async def locate(self, name: Name, wanted: str, until: float, after: Dot | None, avoid: Route | None = None) -> ev.Outcome:
+        """Waits until a bird is `wanted`; the outcome as the nest says it."""
+        return await self._ask(ev.Locate(_id(), name, wanted, None, after or self.written(name), avoid), until)
+
+    async def wait(self, name: Name, wanted: str, until: float, after: Dot | None) -> None:
+        outcome = await self.locate(name, wanted, until, after)
+        if isinstance(outcome, ev.Refused):
+            raise self._error(outcome, name)
+
+    async def read(self, *query: object) -> Any:
+        """Looks into a nest's replica."""
+        until = self._clock() + READ_SECONDS
+        raw = await self._deliver(lambda nest: nest.read(pickle.dumps(query, protocol=5)), until)
+        if raw is None:
+            raise CallTimeout(f"no nest of flock {self.flock!r} has answered within {READ_SECONDS:g} s; is this node cut off?")
+        return pickle.loads(raw.message)
+
+    def forget(self) -> None:
+        """Finds the nest, and learns the settings, anew next time."""
+        self._links.forget(self.flock)
+        self._nest = self._config = None
+        self._written.clear()
+
+    def _error(self, outcome: ev.Outcome, name: Name) -> BaseException:
+        if isinstance(outcome, ev.Refused):
+            return named_error(outcome.error, outcome.message, name, outcome.detail)
+        return AssertionError(f"a nest answered {outcome!r}")
+
+    async def _ask(self, event: Request, until: float) -> ev.Outcome:
+        def send(nest: NestLink) -> Reply:
+            now = event
+            if isinstance(now, ev.Locate) and until != FOREVER:
+                now = replace(now, timeout=max(0.0, until - self._clock()))
+            return nest.ask(pickle.dumps(now, protocol=5))
+
+        try:
+            raw = await self._deliver(send, until)
+        except asyncio.CancelledError:
+            self._cancel(event.request)
+            raise
+        if raw is None:
+            self._cancel(event.request)
+            text = f"no nest of flock {self.flock!r} has answered about bird {event.name!r} in time; is this node cut off?"
+            return ev.Refused("CallTimeout", text, event.name)
+        outcome: ev.Outcome = pickle.loads(raw.message)
+        return outcome
+
+    async def _deliver(self, send: Callable[[NestLink], Reply], until: float) -> Raw | None:
+        while True:
+            nest = self._nest or await self._find()
+            try:
+                return await answer_of(send(nest), None if until == FOREVER else max(0.0, until - self._clock()) + LATE)
+            except NoAnswer:
+                return None
+            except Down:
+                if nest.lost():
+                    self.forget()
+            if self._clock() >= until:
+                return None
+            await asyncio.sleep(PAUSE)
+
+    async def _find(self) -> NestLink:
+        self._nest = await self._courier.blocking(self._links.nest, self.flock, FIND_SECONDS)
+        return self._nest
+
+    def _cancel(self, request: str) -> None:
+        if self._nest is not None:
+            with contextlib.suppress(Exception):  # it was only a favour
+                self._nest.ask(pickle.dumps(ev.Cancel(request), protocol=5))
+
+
+async def answer_of(reply: Reply, timeout: float | None) -> Raw:
+    """Waits for a reply on an event loop. Raises as `Reply.get`."""
+    there = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    reply.on_done(lambda: loop.call_soon_threadsafe(there.set))
+    try:
+        await asyncio.wait_for(there.wait(), timeout)
+    except asyncio.TimeoutError as error:
+        raise NoAnswer from error
+    return reply.get(0)
+
+
+def _id() -> str:
+    return uuid.uuid4().hex

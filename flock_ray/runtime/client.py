@@ -1,0 +1,265 @@
+"""A process's client of one flock: kept routes, and a lane for each caller and bird.
+
+Rules kept here: a caller is a thread, or, inside a bird, the bird, whichever thread its methods run in (C2). A call's chain goes with it
+and is looked at before it is sent (C4). Everything kept belongs to one `ray.init`; after the next one there is a new client.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from flock_ray import errors
+from flock_ray.runtime import inside, payload
+from flock_ray.runtime.asks import Asks
+from flock_ray.runtime.courier import Courier
+from flock_ray.runtime.lanes import Lane
+from flock_ray.runtime.links import Link, Links, RayLinks
+from flock_ray.runtime.pending import FOREVER, Default, Pending
+from flock_ray.specs import Dot, Name, Route
+
+DEFAULT = Default.TIMEOUT
+ROUTES = 65_536  # names whose route is kept
+LANES = 4_096  # lanes a caller keeps before it drops those with nothing under way
+FLUSH_SECONDS = 1.0  # how long the end of a process, or `shutdown`, waits for casts to be delivered
+
+
+class Client:
+    """Calls birds of one flock. All methods may be called from any thread; `links` is what a test replaces."""
+
+    def __init__(self, flock: str, links: Links, courier: Courier, clock: Callable[[], float] = time.monotonic) -> None:
+        self.flock = flock
+        self.links = links
+        self.courier = courier
+        self.clock = clock
+        self.session = links.session()
+        self.asks = Asks(flock, links, courier, clock)
+        self._process = uuid.uuid4().hex[:16]
+        self._callers = itertools.count()
+        self._routes: dict[Name, tuple[Route, Link]] = {}
+        self._here = threading.local()
+        self._by_life: weakref.WeakKeyDictionary[Any, dict[Name, Lane]] = weakref.WeakKeyDictionary()
+        self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+
+    # Calls
+
+    def call(self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | None | Default, retry: bool) -> Any:
+        """Calls a method and waits for its result, on this thread."""
+        if inside.in_async_method():
+            text = f"calling {method!r} of bird {name!r} here would stop the event loop of this bird; in an async def method"
+            raise RuntimeError(f"{text}, await flock_ray.aio.call(...) or bird.{method}.aio(...)")
+        message = self._message(name, dot, method, args, kwargs, timeout, retry)
+        message.lane.submit(message, watched=False)
+        try:
+            return message.result()
+        except BaseException:
+            if not message.is_done():
+                message.cancel()  # an interrupt
+            raise
+
+    async def aio(
+        self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | None | Default, retry: bool
+    ) -> Any:
+        """Calls a method and awaits its result, on any event loop."""
+        message = self._message(name, dot, method, args, kwargs, timeout, retry)
+        message.lane.submit(message, watched=False)
+        return await message.wait_async()
+
+    def future(
+        self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | None | Default, retry: bool
+    ) -> Pending:
+        """Sends a call and returns the future of its result."""
+        message = self._message(name, dot, method, args, kwargs, timeout, retry, detached=True)
+        message.lane.submit(message, watched=True)
+        return message
+
+    def cast(self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any) -> None:
+        """Sends a message nobody waits for."""
+        message = self._message(name, dot, method, args, kwargs, DEFAULT, False, cast=True)
+        message.lane.submit(message, watched=True)
+
+    def _message(
+        self,
+        name: Name,
+        dot: Dot | None,
+        method: str,
+        args: Any,
+        kwargs: Any,
+        timeout: float | None | Default,
+        retry: bool,
+        *,
+        cast: bool = False,
+        detached: bool = False,
+    ) -> Pending:
+        body, extra = self._pack(name, method, args, kwargs)
+        now_inside = inside.current.get()
+        chain = now_inside.chain if now_inside is not None and not cast and not detached else ()
+        message = Pending(
+            self._lane(name, now_inside),
+            dot,
+            method,
+            body,
+            extra,
+            chain=chain,
+            in_chain=bool(chain) and (self.flock, name) in chain,
+            cast=cast,
+            retry=retry,
+            timeout=timeout,
+            detached=detached,
+        )
+        self.give_time(message)
+        return message
+
+    def give_time(self, message: Pending) -> None:
+        """Sets its deadline, as soon as the flock's default is known."""
+        timeout = message.timeout
+        if timeout is DEFAULT:
+            config = self.asks.known_config
+            if config is None:
+                message.waits_without_deadline = True  # there is no route either: the courier comes back to it
+                return
+            timeout = message.timeout = config.call_timeout
+            if timeout is not None and message.deadline == FOREVER:
+                message.deadline = self.clock() + timeout
+                if message.waits_without_deadline:
+                    message.arm()  # its sender may wait already
+        elif timeout is not None and message.deadline == FOREVER:
+            assert not isinstance(timeout, Default)
+            message.deadline = self.clock() + timeout
+
+    def _pack(self, name: Name, method: str, args: Any, kwargs: Any) -> tuple[bytes, list[Any]]:
+        try:
+            return payload.pack((args, kwargs), what="the arguments")
+        except TypeError as error:
+            which = culprit(args, kwargs, lambda one: payload.pack(((one,), {}), what=""))
+            raise TypeError(f"{which} of the call of {method!r} of bird {name!r} cannot be pickled: {error.__cause__ or error}") from error
+
+    # Lanes and routes
+
+    def _lane(self, name: Name, now_inside: inside.Inside | None) -> Lane:
+        if now_inside is not None:
+            lanes = self._by_life.setdefault(now_inside.life, {})
+        else:
+            try:
+                lanes = self._here.lanes
+            except AttributeError:
+                lanes = self._here.lanes = {}
+        lane: Lane | None = lanes.get(name)
+        if lane is None:
+            if len(lanes) >= LANES:
+                for idle in [other for other, kept in lanes.items() if kept.idle]:
+                    del lanes[idle]
+            lane = lanes[name] = Lane(self, name, f"{self._process}-{next(self._callers)}")
+            self._lanes.add(lane)
+        return lane
+
+    def known(self, name: Name) -> tuple[Route, Link] | None:
+        """The kept route of a name, if its host is not known to be gone."""
+        known = self._routes.get(name)
+        return None if known is None or known[1].lost() else known
+
+    def learn(self, route: Route, link: Link) -> None:
+        if len(self._routes) >= ROUTES:
+            self._routes.pop(next(iter(self._routes)), None)
+        self._routes[route.name] = (route, link)
+
+    def drop_route(self, route: Route) -> None:
+        known = self._routes.get(route.name)
+        if known is not None and known[0] == route:
+            self._routes.pop(route.name, None)
+
+    def check_waiting(self, message: Pending) -> None:
+        """Refuses to wait for a future where that would stop a bird for ever.
+
+        Raises:
+            RuntimeError: in an `async def` method.
+            CallCycle: the bird waits for what runs here.
+        """
+        if inside.in_async_method():
+            raise RuntimeError(f"waiting for {message.method!r} here would stop this bird's event loop; await asyncio.wrap_future(future)")
+        message.lane.check_waiting(inside.current_chain())
+
+    # The end
+
+    def flush(self, seconds: float) -> None:
+        """Waits until everything sent is answered, at most so long."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not all(lane.idle for lane in tuple(self._lanes)):
+            time.sleep(0.01)
+
+    def forget(self) -> None:
+        """Drops routes, handles and settings."""
+        self._routes.clear()
+        self._here = threading.local()
+        self._by_life = weakref.WeakKeyDictionary()
+        self.asks.forget()
+        self.links.forget_hosts()
+
+
+def culprit(args: tuple[Any, ...], kwargs: dict[str, Any], attempt: Callable[[Any], object]) -> str:
+    """Which argument `attempt` fails with, for an error: by position, counted from 1 as Python does, or by keyword."""
+    for position, value in enumerate(args, 1):
+        if not _works(attempt, value):
+            return f"positional argument {position} ({type(value).__name__})"
+    for key, value in kwargs.items():
+        if not _works(attempt, value):
+            return f"argument {key!r} ({type(value).__name__})"
+    return "the whole of the arguments"
+
+
+def _works(attempt: Callable[[Any], object], value: Any) -> bool:
+    try:
+        attempt(value)
+    except Exception:  # noqa: BLE001  # whatever a user's class does when it is pickled
+        return False
+    return True
+
+
+_courier = Courier()
+_clients: dict[str, Client] = {}
+_lock = threading.Lock()
+_links = RayLinks()
+
+
+def client_of(flock: str) -> Client:
+    """This process's client of a flock, for as long as Ray stays initialised.
+
+    Raises:
+        FlockNotRunning: Ray is not initialised.
+    """
+    client = _clients.get(flock)
+    session = _links.session()
+    if client is not None and client.session == session:
+        return client
+    with _lock:
+        client = _clients.get(flock)
+        if client is None or client.session != session:
+            if client is not None:
+                client.forget()
+            if session is None:
+                _clients.pop(flock, None)
+                raise errors.FlockNotRunning("Ray is not initialised in this process; call ray.init() first")
+            client = _clients[flock] = Client(flock, RayLinks(), _courier)
+        return client
+
+
+def let_go(flock: str) -> None:
+    """Flushes casts, and drops what this process keeps of a flock."""
+    client = _clients.pop(flock, None)
+    if client is not None:
+        client.flush(FLUSH_SECONDS)
+        client.forget()
+
+
+@atexit.register
+def _flush_at_exit() -> None:
+    until = time.monotonic() + FLUSH_SECONDS
+    for client in tuple(_clients.values()):
+        if client.session == _links.session():
+            client.flush(until - time.monotonic())

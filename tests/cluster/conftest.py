@@ -1,0 +1,79 @@
+"""Real Ray clusters for tests: one for a module, with real raylets on this machine.
+
+Authentication is chosen by the environment (`RAY_AUTH_MODE`), before Ray is imported: scripts/test runs these tests in both modes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+import flock_ray
+
+DEADLINE = 60.0
+
+
+def eventually(condition: Callable[[], Any], what: str, deadline: float = DEADLINE) -> Any:
+    """Waits until a condition holds and returns its value; fails with the last value."""
+    end, value = time.monotonic() + deadline, None
+    while time.monotonic() < end:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.05)  # between looks at the condition
+    raise AssertionError(f"not within {deadline:g} s: {what}; last seen {value!r}")
+
+
+class Flyground:
+    """A Ray cluster, and the flock on it."""
+
+    def __init__(self, nodes: int, **node_args: Any) -> None:
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **node_args})
+        self.workers = [self.add(**node_args) for _ in range(nodes - 1)]
+        ray.init(self.cluster.address, namespace="test", log_to_driver=False)
+
+    def add(self, **node_args: Any) -> Any:
+        return self.cluster.add_node(**{"num_cpus": 2, **node_args})
+
+    def crash(self, node: Any) -> None:
+        """kill -9 of a raylet; what belongs to it has to see that by itself."""
+        self.cluster.remove_node(node, allow_graceful=False)
+
+    def close(self) -> None:
+        try:
+            if ray.is_initialized():
+                flock_ray.destroy()
+        except flock_ray.FlockNotRunning:
+            pass  # the test destroyed it itself
+        finally:
+            ray.shutdown()
+            self.cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def flyground(request: pytest.FixtureRequest) -> Iterator[Flyground]:
+    """Three nodes of 2 CPUs; a module that wants others says `NODES = n`."""
+    ground = Flyground(getattr(request.module, "NODES", 3), **getattr(request.module, "NODE_ARGS", {}))
+    try:
+        flock_ray.init(**getattr(request.module, "SETTINGS", {}))
+        eventually(lambda: len(flock_ray.nests()) == getattr(request.module, "NODES", 3), "a nest on every node in the view")
+        yield ground
+    finally:
+        ground.close()
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A name of the test's own, stopped after it."""
+    own = f"{request.node.name}"
+    yield own
+    if flock_ray.alive(own):
+        flock_ray.stop(own)

@@ -1,0 +1,15 @@
+"""Unit tests start no Ray: `ray.init` and whatever would start a cluster by itself raise."""
+
+from __future__ import annotations
+
+import pytest
+import ray
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a unit test started Ray")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray._private.worker, "init", refuse)
