@@ -128,7 +128,7 @@ class Client:
             if timeout is not None and message.deadline == FOREVER:
                 message.deadline = self.clock() + timeout
                 if message.waits_without_deadline:
-                    message.arm()  # its sender may wait already
+                    self.courier.post(message.set_timer)  # its sender may wait already
         elif timeout is not None and message.deadline == FOREVER:
             assert not isinstance(timeout, Default)
             message.deadline = self.clock() + timeout

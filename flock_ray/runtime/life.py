@@ -209,7 +209,7 @@ class HostedLife:
         """The call's `(args, kwargs)`; or the refusal, as bytes."""
         try:
             return unpack(body, extra)
-        except Exception as error:  # noqa: BLE001  # whatever the caller's objects do here concerns the caller
+        except Exception as error:  # whatever the caller's objects do here concerns the caller
             text = f"cannot unpickle the arguments of {self._method_name(head.method)}: {describe(error)}"
             if head.cast:
                 log.error("%s", text)
@@ -243,7 +243,7 @@ class HostedLife:
             body, extra = pack(error, what="the exception", call=False)
             if type(error).__module__ != "builtins" and type(unpack(body, extra)) is not type(error):
                 raise TypeError("it is another type when unpickled")
-        except Exception:  # noqa: BLE001  # the exception's own code: __reduce__, __init__
+        except Exception:  # the exception's own code: __reduce__, __init__
             return refusal(text, "RemoteError")
         message = encode(Answer("raised", text), body)
         return (message, *extra) if extra else message
@@ -407,7 +407,7 @@ class SyncLife(HostedLife):
                 take_over = self._state_to_take()
                 if take_over is not None:
                     take_over()
-        except BaseException as error:  # noqa: BLE001  # also SystemExit: the bird's end is not the host's
+        except BaseException as error:  # also SystemExit: the bird's end is not the host's
             self._hatch_failed(error)
         else:
             self._hatched()
@@ -434,7 +434,7 @@ class SyncLife(HostedLife):
         token = current.set(Inside(self, (*head.chain, self._link)))
         try:
             result = getattr(self.bird, head.method)(*args, **kwargs)
-        except BaseException as error:  # noqa: BLE001  # answered, or the life's end
+        except BaseException as error:  # answered, or the life's end
             return self._raised(head, error)
         finally:
             current.reset(token)
@@ -453,7 +453,7 @@ class SyncLife(HostedLife):
             with self._inside():
                 args, kwargs = unpack(body, extra)
                 getattr(self.bird, method)(*args, **kwargs)
-        except BaseException as error:  # noqa: BLE001  # logged, or the life's end
+        except BaseException as error:  # logged, or the life's end
             self._timer_failed(method, error)
         finally:
             self._turns.leave()
@@ -503,7 +503,7 @@ class AsyncLife(HostedLife):
                 take_over = self._state_to_take()
                 if take_over is not None:
                     await _finished(take_over())
-        except BaseException as error:  # noqa: BLE001  # also SystemExit: the bird's end is not the host's
+        except BaseException as error:  # also SystemExit: the bird's end is not the host's
             self._hatch_failed(error)
         else:
             self._hatched()
@@ -531,7 +531,7 @@ class AsyncLife(HostedLife):
             task.uncancel()  # it was `withdraw`, not the end of the loop
             del self._withdrawn[head.id]
             return refusal(f"{self._method_name(head.method)} was cancelled by its caller", "CallTimeout")
-        except BaseException as error:  # noqa: BLE001  # answered, or the life's end
+        except BaseException as error:  # answered, or the life's end
             return self._raised(head, error)
         return self._result(head, result)
 
@@ -570,7 +570,7 @@ class AsyncLife(HostedLife):
         try:
             with self._runs(entry, None):
                 await self._invoke(method, unpack(body, extra), ())
-        except BaseException as error:  # noqa: BLE001  # logged, or the life's end
+        except BaseException as error:  # logged, or the life's end
             self._timer_failed(method, error)
 
     def _begin_end(self, reason: str) -> None:

@@ -74,6 +74,7 @@ class Nest:
         self._me = ray.get_runtime_context().current_actor
         self._hosts = Hosts(self._record, node, self._me, self._in_thread, self._handle)
         _log_to_stderr()
+        self._end_with_the_raylet()
         self._task(self._run())
 
     # The life of a nest
@@ -108,6 +109,13 @@ class Nest:
         self._booted.set()
         await self._in_thread(cluster.put_address, self._record.life, self._node, self._members.address)
         logger.info("nest %s of flock %r is up, with %d adopted birds", life, self._record.flock, len(adopted))
+
+    def _end_with_the_raylet(self) -> None:
+        """A worker outlives its raylet by half a minute, measured: a nest without a node would confuse its peers."""
+        raylet = int(os.environ.get("RAY_RAYLET_PID", "0"))
+        if raylet:
+            self._raylet_fd = os.pidfd_open(raylet)
+            self._loop.add_reader(self._raylet_fd, os._exit, 1)
 
     async def _still_wanted(self) -> bool:
         """A nest of a flock life that has ended starts nothing and ends itself (V4)."""

@@ -150,7 +150,7 @@ def _dump_plain(value: Any) -> bytes | None:
     file = io.BytesIO()
     try:
         _Plain(file, protocol=5).dump(value)
-    except Exception:  # noqa: BLE001  # whatever stopped the quick way, the full one says what is wrong
+    except Exception:  # whatever stopped the quick way, the full one says what is wrong
         return None
     return file.getvalue()
 

@@ -241,7 +241,7 @@ class Pending(Future[Any]):
         if self.reply is not None:
             self.watch()
         if self.deadline != FOREVER:
-            self.lane.client.courier.post(self._set_timer)
+            self.lane.client.courier.post(self.set_timer)
 
     def watch(self) -> None:
         """Has the courier settle it when the reply is there."""
@@ -280,8 +280,9 @@ class Pending(Future[Any]):
             raise
         return self.value()
 
-    def _set_timer(self) -> None:
-        if not self.is_done():
+    def set_timer(self) -> None:
+        """Has it expire at its deadline, for those who do not wait themselves. On the courier."""
+        if not self.is_done() and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(max(0.0, self.deadline - time.monotonic()) + SLACK, self.expire)
             super().add_done_callback(lambda _: self.lane.client.courier.post(self._timer.cancel) if self._timer else None)
 

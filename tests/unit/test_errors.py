@@ -26,7 +26,10 @@ def test_every_error_of_the_file_is_public_and_in_the_tree() -> None:
 def test_errors_that_mean_what_a_built_in_one_means_are_of_its_kind() -> None:
     kinds = (LookupError, TimeoutError, RuntimeError, ValueError, OSError)
     found = {each.__name__: [kind.__name__ for kind in kinds if issubclass(each, kind)] for each in ALL}
-    assert {name: of for name, of in found.items() if of} == {"BirdNotFound": ["LookupError"], "CallTimeout": ["TimeoutError", "OSError"]}
+    assert {name: of for name, of in found.items() if of} == {
+        "BirdNotFound": ["LookupError"],
+        "CallTimeout": ["TimeoutError", "OSError"],
+    }
     with pytest.raises(LookupError):
         raise BirdNotFound("no", "tweety")
     with pytest.raises(TimeoutError):

@@ -1,0 +1,87 @@
+"""Named, stateful actors on Ray that survive the loss of any node, the head included.
+
+The functions are documented where they are defined: most of them are methods of `Flock`, applied to the current flock.
+"""
+
+from flock_ray.bird import Bird, Method
+from flock_ray.config import Config
+from flock_ray.errors import (
+    BirdCrashed,
+    BirdExists,
+    BirdNotFound,
+    BirdUnavailable,
+    CallCycle,
+    CallTimeout,
+    FlockError,
+    FlockNotRunning,
+    MailboxFull,
+    RemoteError,
+)
+from flock_ray.flock import (
+    Flock,
+    aio,
+    alive,
+    bird,
+    birds,
+    call,
+    cast,
+    count,
+    defaults,
+    destroy,
+    info,
+    init,
+    nests,
+    options,
+    restart,
+    shutdown,
+    start,
+    stop,
+    wait,
+    where,
+)
+from flock_ray.runtime.inside import Me, Timer, leave, me, send_after, send_every
+from flock_ray.specs import BirdInfo, NestInfo
+
+__all__ = [
+    "Bird",
+    "BirdCrashed",
+    "BirdExists",
+    "BirdInfo",
+    "BirdNotFound",
+    "BirdUnavailable",
+    "CallCycle",
+    "CallTimeout",
+    "Config",
+    "Flock",
+    "FlockError",
+    "FlockNotRunning",
+    "MailboxFull",
+    "Me",
+    "Method",
+    "NestInfo",
+    "RemoteError",
+    "Timer",
+    "aio",
+    "alive",
+    "bird",
+    "birds",
+    "call",
+    "cast",
+    "count",
+    "defaults",
+    "destroy",
+    "info",
+    "init",
+    "leave",
+    "me",
+    "nests",
+    "options",
+    "restart",
+    "send_after",
+    "send_every",
+    "shutdown",
+    "start",
+    "stop",
+    "wait",
+    "where",
+]

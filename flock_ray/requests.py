@@ -1,0 +1,164 @@
+"""What `Flock` and its coroutines have in common: the checks of what users give, and each request to the nests, written once.
+
+Rules kept here: requests are coroutines for the courier's thread; what users pass is checked and pickled on their own thread, before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flock_ray import options as options_of
+from flock_ray.bird import Bird, check_method, check_timeout
+from flock_ray.config import Config
+from flock_ray.errors import BirdNotFound
+from flock_ray.runtime import starting
+from flock_ray.runtime.client import DEFAULT, Client, client_of
+from flock_ray.runtime.pending import FOREVER, Default
+from flock_ray.specs import BirdInfo, Dot, Name, NestInfo, Spec, check_name
+
+_STATES = ("pending", "starting", "running", "moving", "restarting", "failed")
+_WAIT_AT_ONCE = 1000  # questions of one `wait` under way: Ray warns at 5,000 calls pending at one actor
+
+
+class Requests:
+    """The part of a flock that does not care who waits."""
+
+    def __init__(self, name: str = "default") -> None:
+        if type(name) is not str or not name:
+            raise TypeError(f"a flock's name must be a str that is not empty, not {name!r}")
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        """The flock's name."""
+        return self._name
+
+    def _target(self, name: object) -> tuple[Client, Name, Dot | None]:
+        """The client, name and dot that a name or a `Bird` stands for."""
+        if isinstance(name, Bird):
+            return client_of(name._flock), name._name, name._dot
+        if type(name) is not str:
+            check_name(name)
+        return client_of(self.name), name, None  # type: ignore[return-value]  # it is a name, as just checked
+
+    def _call_target(self, name: object, method: object) -> tuple[Client, Name, Dot | None, str]:
+        client, plain, dot = self._target(name)
+        text = method if isinstance(method, str) else getattr(method, "__name__", None)
+        if not isinstance(text, str) or not (isinstance(method, str) or callable(method)):
+            raise TypeError(f"a method is given by its name or as Class.method, not as {type(method).__name__}: {method!r}")
+        check_method(text, plain)
+        return client, plain, dot, text
+
+    def _until(self, client: Client, timeout: float | None | Default) -> float:
+        checked = check_timeout(timeout)
+        if isinstance(checked, Default):
+            config = client.asks.known_config or Config()
+            checked = config.call_timeout
+        return FOREVER if checked is None else client.clock() + checked
+
+    def _begin(self, name: object, cls: object, given: Mapping[str, Any]) -> tuple[Client, Name]:
+        """Checks what `start` was given, before anything is brought up."""
+        if isinstance(name, Bird):
+            name = name._name
+        check_name(name)
+        options_of.resolve(cls, given)
+        return client_of(self.name), name  # type: ignore[return-value]  # it is a name, as just checked
+
+    def _spec(
+        self, name: Name, cls: object, args: tuple[Any, ...], kwargs: dict[str, Any], given: Mapping[str, Any], config: Config
+    ) -> tuple[Spec, bytes]:
+        return starting.make_spec(name, cls, args, kwargs, given, config.start_argument_limit)
+
+    async def _started(self, client: Client, name: Name, spec: Spec, code: bytes) -> Dot:
+        accepted = await client.asks.start(name, spec, code, time.time_ns(), self._until(client, DEFAULT))
+        return accepted.dot
+
+    def _handle(self, client: Client, name: Name, dot: Dot, cls: object) -> Bird[Any]:
+        return Bird(client.flock, name, dot, options_of.methods(options_of.unwrap(cls)[0]))
+
+    async def _stop(self, name: object) -> None:
+        client, plain, dot = self._target(name)
+        await client.asks.stop(plain, dot, self._until(client, DEFAULT))
+
+    async def _restart(self, name: object) -> None:
+        client, plain, dot = self._target(name)
+        await client.asks.restart(plain, dot, self._until(client, DEFAULT))
+
+    async def _wait(self, names: object, state: str, timeout: float | None | Default) -> None:
+        if state not in ("running", "gone"):
+            raise ValueError(f'state must be "running" or "gone", not {state!r}')
+        targets = list(dict.fromkeys(self._target(name) for name in _several(names)))
+        for client in {client for client, _, _ in targets}:
+            await client.asks.config()
+        at_once = asyncio.Semaphore(_WAIT_AT_ONCE)
+
+        async def one(client: Client, name: Name, dot: Dot | None, until: float) -> None:
+            async with at_once:
+                await client.asks.wait(name, state, until, dot)
+
+        waits = [asyncio.ensure_future(one(*target, self._until(target[0], timeout))) for target in targets]
+        try:
+            await asyncio.gather(*waits)
+        finally:
+            for wait in waits:
+                wait.cancel()
+
+    async def _info(self, name: object) -> BirdInfo | None:
+        """From the local nest's replica; what is not there may be known elsewhere (C3)."""
+        client, plain, dot = self._target(name)
+        found: BirdInfo | None = await client.asks.read("info", plain)
+        if found is None:
+            config = await client.asks.config()
+            try:
+                await client.asks.wait(plain, "known", client.clock() + config.lookup_timeout + 1.0, dot)
+            except (BirdNotFound, TimeoutError):
+                return None
+            found = await client.asks.read("info", plain)
+        return found
+
+    async def _known_info(self, name: object) -> BirdInfo:
+        found = await self._info(name)
+        if found is None:
+            plain = self._target(name)[1]
+            raise BirdNotFound(f"no nest that could be asked knows a bird {plain!r}; start it first", plain)
+        return found
+
+    async def _birds(self, state: str | None, node: str | None, prefix: object, of: object) -> list[BirdInfo]:
+        if state is not None and state not in _STATES:
+            raise ValueError(f"state must be one of {', '.join(_STATES)}, not {state!r}")
+        if prefix is not None and not isinstance(prefix, str | tuple):
+            raise TypeError(f"prefix must be a str, or a tuple for names that are tuples, not {type(prefix).__name__}")
+        class_name = None
+        if of is not None:
+            plain = options_of.unwrap(of)[0]
+            class_name = f"{plain.__module__}.{plain.__qualname__}"
+        found: list[BirdInfo] = await client_of(self.name).asks.read("birds", state, node, prefix, class_name)
+        return found
+
+    async def _count(self) -> int:
+        number: int = await client_of(self.name).asks.read("count")
+        return number
+
+    async def _nests(self) -> list[NestInfo]:
+        found: list[NestInfo] = await client_of(self.name).asks.read("nests")
+        return found
+
+    async def _destroy(self, client: Client) -> None:
+        await client.courier.blocking(client.links.destroy, client.flock)
+        client.forget()
+
+
+def _several(names: object) -> Iterable[object]:
+    """One name or handle as a list of one. A tuple is a name if it can be one."""
+    if isinstance(names, Bird):
+        return [names]
+    try:
+        check_name(names)
+    except TypeError:
+        if isinstance(names, Iterable) and not isinstance(names, str | bytes | bytearray):
+            return names
+        raise
+    return [names]

@@ -1,0 +1,137 @@
+"""Flocks beside each other and one after the other; what their birds take along from who started them (V3, V4)."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import ray
+
+import flock_ray
+from tests.cluster import birds
+from tests.cluster.conftest import eventually
+
+
+def test_two_flocks_do_not_see_each_other(flyground, name):
+    other = flock_ray.Flock("other")
+    other.init()
+    try:
+        flock_ray.start(name, birds.Counter, 1)
+        other.start(name, birds.Counter, 2)
+        assert (flock_ray.call(name, "get"), other.call(name, "get")) == (1, 2)
+        flock_ray.stop(name)
+        assert other.call(name, "get") == 2
+    finally:
+        other.destroy()
+    with pytest.raises(flock_ray.FlockNotRunning):
+        other.call(name, "get")
+
+
+def test_destroy_ends_every_bird_and_the_next_init_is_a_new_life(flyground, tmp_path):
+    path = tmp_path / "witness"
+    flock = flock_ray.Flock("short")
+    flock.init()
+    flock.start("w", birds.Witness, str(path))
+    flock.wait("w", timeout=60)
+    flock.destroy()
+    assert path.read_text().splitlines() == ["init", "on_stop shutdown"]
+    flock.init()
+    assert flock.count() == 0
+    flock.destroy()
+
+
+def test_nests_come_to_nodes_that_join_later(flyground):
+    before = len(flock_ray.nests())
+    node = flyground.add()
+    try:
+        eventually(lambda: len(flock_ray.nests()) == before + 1, "a nest on the new node")
+    finally:
+        flyground.crash(node)
+        eventually(lambda: len(flock_ray.nests()) == before, "it is gone again")
+
+
+def run_driver(text: str, cwd: str, *arguments: str, **env: str) -> str:
+    """A driver of its own, in another folder, as a user has it."""
+    path = os.path.join(cwd, "driver.py")
+    with open(path, "w") as file:
+        file.write(textwrap.dedent(text))
+    command = [sys.executable, path, *arguments]
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_bird_outlives_its_driver_and_is_restarted_under_its_runtime_env(flyground, name, tmp_path):
+    """Its module and variable are only in the driver's runtime_env; the driver and every host that used it are gone (V3)."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "songs.py").write_text(
+        "import os\nclass Song:\n    def line(self):\n        return os.environ['SONG']\n    def die(self):\n        os._exit(1)\n"
+    )
+    (tmp_path / "run").mkdir()
+    run_driver(
+        """
+        import sys, ray, flock_ray
+        ray.init(sys.argv[1], runtime_env={"working_dir": sys.argv[3], "env_vars": {"SONG": "tweet"}}, log_to_driver=False)
+        from songs import Song
+        flock_ray.start(sys.argv[2], Song)
+        assert flock_ray.call(sys.argv[2], "line") == "tweet"
+        """,
+        str(tmp_path / "run"),
+        flyground.cluster.address,
+        name,
+        str(tmp_path / "package"),
+        PYTHONPATH=str(tmp_path / "package"),
+        RAY_RUNTIME_ENV_TEMPORARY_REFERENCE_EXPIRATION_S="0",
+    )
+    assert flock_ray.call(name, "line") == "tweet"
+    with pytest.raises(flock_ray.BirdUnavailable):
+        flock_ray.call(name, "die")
+    assert flock_ray.call(name, "line", timeout=60) == "tweet"
+
+
+def test_a_class_of_main_outlives_its_driver(flyground, name, tmp_path):
+    out = run_driver(
+        """
+        import sys, ray, flock_ray
+        ray.init(sys.argv[1])
+        class Mine:
+            def hello(self):
+                print("I am singing")
+                return "hello"
+        flock_ray.start(sys.argv[2], Mine)
+        assert flock_ray.call(sys.argv[2], "hello") == "hello"
+        import time
+        time.sleep(1.5)
+        """,
+        str(tmp_path),
+        flyground.cluster.address,
+        name,
+    )
+    assert flock_ray.call(name, "hello") == "hello"
+    assert any(f"({name} " in line and "I am singing" in line for line in out.splitlines()), out
+
+
+def test_before_ray_init_a_call_says_so(tmp_path):
+    out = run_driver(
+        """
+        import flock_ray
+        for work in (lambda: flock_ray.call("x", "y"), lambda: flock_ray.start("x", dict), flock_ray.init, flock_ray.nests):
+            try:
+                work()
+            except flock_ray.FlockNotRunning as error:
+                print(error)
+        import ray
+        assert not ray.is_initialized()
+        """,
+        str(tmp_path),
+    )
+    assert out.count("ray.init") == 4
+
+
+def test_without_init_a_call_on_a_fresh_ray_says_so(flyground):
+    with pytest.raises(flock_ray.FlockNotRunning, match="init"):
+        flock_ray.Flock("never").call("x", "y")
+    assert ray.is_initialized()
