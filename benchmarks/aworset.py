@@ -2,11 +2,12 @@
 
     python benchmarks/aworset.py [--json] [--largest N] [--rounds N]
 
-Claims measured (DESIGN S3): what one start costs and sends does not depend on the number of names (target: within 1.3x of a set of
-100), a name takes at most 1.2 KB, and d differences are found and mended for O(d) bytes.
+Claims measured (DESIGN S3): what one start costs and sends does not depend on the number of names (target: within 1.3x of a
+set of 100), a name takes at most 1.2 KB, and d differences are found and mended for O(d) bytes.
 
-Sizes take turns within each round, in changing order, and medians are reported, so that a noisy neighbour on the machine hits all of
-them alike. The garbage collector stays on, as in a nest; its pauses are not in the medians, so the longest start is reported beside.
+Sizes take turns within each round, in changing order, and medians are reported, so that a noisy neighbour on the machine hits
+all of them alike. The garbage collector stays on, as in a nest; its pauses are not in the medians, so the longest start is
+reported beside.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def resident() -> int:
 def measure_memory(names: int) -> tuple[Replica, dict[str, Any]]:
     """The memory of one name, as growth of the resident set.
 
-    Not tracemalloc: it counts what Python asked for, and so leaves out what the allocator rounds up and cannot give back, which the
-    machine has to have too. It must be the first measurement of the process, or it would find freed memory to reuse.
+    Not tracemalloc: it counts what Python asked for, and so leaves out what the allocator rounds up and cannot give back, which
+    the machine has to have too. It must be the first measurement of the process, or it would find freed memory to reuse.
     """
     gc.collect()
     before = resident()
@@ -179,7 +180,8 @@ def measure_comparison(names: int, differences: int) -> dict[str, Any]:
             b.join(send(Update(news)))
         asked = {prefix: a.birds.digest(prefix) for prefix in a.birds.differing(children)}
     seconds = time.perf_counter() - begin
-    assert a.birds.digest() == b.birds.digest() and dict(a.birds.items()) == dict(b.birds.items())
+    assert a.birds.digest() == b.birds.digest()
+    assert dict(a.birds.items()) == dict(b.birds.items())
     return {
         "names": names,
         "differences": differences,

@@ -65,7 +65,7 @@ class Method:
 
     __slots__ = ("__name__", "_bird", "_retry", "_timeout")
 
-    def __init__(self, bird: Bird[Any], name: str, timeout: float | None | Default = DEFAULT, retry: bool = False) -> None:
+    def __init__(self, bird: Bird[Any], name: str, timeout: float | Default | None = DEFAULT, retry: bool = False) -> None:
         self._bird = bird
         self.__name__ = name
         self._timeout = timeout
@@ -135,10 +135,10 @@ class Method:
         return f"<method {self.__name__!r} of {self._bird!r}>"
 
 
-def check_timeout(timeout: Any) -> float | None | Default:
+def check_timeout(timeout: Any) -> float | Default | None:
     """Refuses what is no timeout: seconds of at least 0, or `None`."""
     if timeout is None or timeout is DEFAULT:
-        return timeout  # type: ignore[no-any-return]
+        return timeout
     if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0:
         raise TypeError(f"timeout must be seconds of at least 0, or None to wait for ever, not {timeout!r}")
     return None if timeout == float("inf") else float(timeout)

@@ -25,11 +25,13 @@ class Config:
         sync_interval: how often a nest compares digests with one peer, with jitter. Shorter mends lost messages sooner.
         lookup_timeout: how long other nests are asked for a name unknown here before `BirdNotFound`.
         context_horizon: how long a dead nest's dots are remembered. A nest out of contact for half of it joins as new.
-        probe_interval, probe_timeout: SWIM's. Shorter finds a death sooner and costs packets; too short invites false suspicion.
+        probe_interval, probe_timeout: SWIM's. Shorter finds a death sooner and costs packets; too short invites false
+            suspicion.
         join_interval: how often all addresses ever seen are joined anew, so that a long split heals by itself.
-        backoff_initial, backoff_max: the pause before a crashed bird is hatched again doubles from one to the other, with jitter.
-        minority: `"run"`: a side of a split with less than half of the last whole view hatches the other's birds too; `"pause"`:
-            it goes on only with those it held. Availability against fewer second lives.
+        backoff_initial, backoff_max: the pause before a crashed bird is hatched again doubles from one to the other, with
+            jitter.
+        minority: `"run"`: a side of a split with less than half of the last whole view hatches the other's birds too;
+            `"pause"`: it goes on only with those it held. Availability against fewer second lives.
         max_birds: how many birds a nest admits; the rest is `pending`. `None`: no limit.
         min_free_memory: the fraction of a node's memory that must be free for its nest to admit birds. 0 admits always.
         start_argument_limit: bytes of pickled arguments `start` takes: they are replicated to every node.
@@ -67,7 +69,8 @@ class Config:
             elif isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"{setting.name} must be a number, not {value!r}")
             elif not (value >= 0 if setting.name in may_be_zero else value > 0):
-                raise ValueError(f"{setting.name} must be {'at least' if setting.name in may_be_zero else 'more than'} 0, not {value!r}")
+                least = "at least 0" if setting.name in may_be_zero else "more than 0"
+                raise ValueError(f"{setting.name} must be {least}, not {value!r}")
         for setting_name in ("moves_in_flight", "max_birds", "start_argument_limit"):
             value = getattr(self, setting_name)
             if value is not None and not isinstance(value, int):

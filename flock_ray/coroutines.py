@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
-from flock_ray import options as options_of
 from flock_ray.bird import Bird, check_timeout
 from flock_ray.config import Config
+from flock_ray.options import check
 from flock_ray.requests import Requests
 from flock_ray.runtime.client import DEFAULT, client_of, let_go
 from flock_ray.runtime.pending import Default
@@ -56,7 +56,7 @@ class AioFlock(Requests):
 
     def options(self, **given: Any) -> AioStarter:
         """As `Flock.options`; what it returns has `start` as a coroutine. Not a coroutine itself."""
-        return AioStarter(self, options_of.check(given))
+        return AioStarter(self, check(given))
 
     @overload
     async def call(
@@ -106,7 +106,7 @@ class AioFlock(Requests):
         self,
         names: Name | Bird[Any] | Iterable[Name | Bird[Any]],
         state: Literal["running", "gone"] = "running",
-        timeout: float | None | Default = DEFAULT,
+        timeout: float | Default | None = DEFAULT,
     ) -> None:
         """As `Flock.wait`."""
         await client_of(self.name).courier.run_async(self._wait(names, state, timeout))

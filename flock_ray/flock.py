@@ -12,10 +12,11 @@ import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
-from flock_ray import options as options_of
 from flock_ray.bird import Bird, check_timeout
 from flock_ray.config import Config
 from flock_ray.coroutines import AioFlock
+from flock_ray.options import check
+from flock_ray.options import defaults as defaults_of
 from flock_ray.requests import Requests
 from flock_ray.runtime import inside
 from flock_ray.runtime.client import DEFAULT, client_of, let_go
@@ -109,7 +110,7 @@ class Flock(Requests):
         Raises:
             TypeError: an option is unknown or impossible.
         """
-        return Starter(self, options_of.check(given))
+        return Starter(self, check(given))
 
     @overload
     def call(
@@ -202,7 +203,7 @@ class Flock(Requests):
         self,
         names: Name | Bird[Any] | Iterable[Name | Bird[Any]],
         state: Literal["running", "gone"] = "running",
-        timeout: float | None | Default = DEFAULT,
+        timeout: float | Default | None = DEFAULT,
     ) -> None:
         """Waits until birds run, or are gone.
 
@@ -316,11 +317,15 @@ class Starter:
 
 # The current flock
 
-_given: str | None = None  # to `init`, the last time
+
+class _Given:
+    """What `init` was given last in this process."""
+
+    flock: str | None = None
 
 
 def _current_name() -> str:
-    return inside.current_flock() or _given or os.environ.get("FLOCK_RAY_FLOCK") or "default"
+    return inside.current_flock() or _Given.flock or os.environ.get("FLOCK_RAY_FLOCK") or "default"
 
 
 class _CurrentFlock(Flock):
@@ -352,11 +357,10 @@ class _CurrentAioFlock(AioFlock):
     def name(self) -> str:
         return _current_name()
 
-    async def init(self, flock: str = "default", **config: Any) -> None:  # type: ignore[override]  # as `flock_ray.init`
+    async def init(self, flock: str = "default", **config: Any) -> None:
         """As `flock_ray.init`."""
-        global _given
         await Flock(flock).aio.init(**config)
-        _given = flock
+        _Given.flock = flock
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_current_aio, ())
@@ -386,13 +390,12 @@ def init(flock: str = "default", **config: Any) -> None:
         TypeError: a setting is unknown.
         ValueError: a setting is impossible, or the flock runs with another: `destroy` it first, or leave the setting out.
     """
-    global _given
     Flock(flock).init(**config)
-    _given = flock
+    _Given.flock = flock
 
 
 aio = _AIO
-defaults = options_of.defaults
+defaults = defaults_of
 start = _CURRENT.start
 options = _CURRENT.options
 call = _CURRENT.call

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_origin
 
 from flock_ray.config import check_known
 from flock_ray.specs import Options
@@ -144,6 +144,9 @@ def unwrap(cls: object) -> tuple[type, dict[str, Any]]:
     Raises:
         TypeError: it is no class; or `@ray.remote` has an option that a bird cannot have.
     """
+    alias_of = get_origin(cls)
+    if isinstance(alias_of, type):
+        cls = alias_of  # Box[str] is started as Box: at run time they are one
     if isinstance(cls, type):
         return getattr(cls, "__ray_actor_class__", cls), {}
     metadata = getattr(cls, "__ray_metadata__", None)
@@ -190,9 +193,8 @@ def resolve(cls: object, given: Mapping[str, Any]) -> tuple[type, Options, Mappi
 def methods(cls: type) -> Iterator[str]:
     """The names of a class's public methods."""
     for name in dir(cls):
-        if not name.startswith("_") and callable(inspect.getattr_static(cls, name, None)):
-            yield name
-        elif not name.startswith("_") and isinstance(inspect.getattr_static(cls, name, None), staticmethod | classmethod):
+        thing = inspect.getattr_static(cls, name, None)
+        if not name.startswith("_") and (callable(thing) or isinstance(thing, staticmethod | classmethod)):
             yield name
 
 

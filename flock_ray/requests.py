@@ -10,10 +10,10 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flock_ray import options as options_of
 from flock_ray.bird import Bird, check_method, check_timeout
 from flock_ray.config import Config
 from flock_ray.errors import BirdNotFound
+from flock_ray.options import methods, resolve, unwrap
 from flock_ray.runtime import starting
 from flock_ray.runtime.client import DEFAULT, Client, client_of
 from flock_ray.runtime.pending import FOREVER, Default
@@ -52,7 +52,7 @@ class Requests:
         check_method(text, plain)
         return client, plain, dot, text
 
-    def _until(self, client: Client, timeout: float | None | Default) -> float:
+    def _until(self, client: Client, timeout: float | Default | None) -> float:
         checked = check_timeout(timeout)
         if isinstance(checked, Default):
             config = client.asks.known_config or Config()
@@ -64,7 +64,7 @@ class Requests:
         if isinstance(name, Bird):
             name = name._name
         check_name(name)
-        options_of.resolve(cls, given)
+        resolve(cls, given)
         return client_of(self.name), name  # type: ignore[return-value]  # it is a name, as just checked
 
     def _spec(
@@ -77,7 +77,7 @@ class Requests:
         return accepted.dot
 
     def _handle(self, client: Client, name: Name, dot: Dot, cls: object) -> Bird[Any]:
-        return Bird(client.flock, name, dot, options_of.methods(options_of.unwrap(cls)[0]))
+        return Bird(client.flock, name, dot, methods(unwrap(cls)[0]))
 
     async def _stop(self, name: object) -> None:
         client, plain, dot = self._target(name)
@@ -87,7 +87,7 @@ class Requests:
         client, plain, dot = self._target(name)
         await client.asks.restart(plain, dot, self._until(client, DEFAULT))
 
-    async def _wait(self, names: object, state: str, timeout: float | None | Default) -> None:
+    async def _wait(self, names: object, state: str, timeout: float | Default | None) -> None:
         if state not in ("running", "gone"):
             raise ValueError(f'state must be "running" or "gone", not {state!r}')
         targets = list(dict.fromkeys(self._target(name) for name in _several(names)))
@@ -133,7 +133,7 @@ class Requests:
             raise TypeError(f"prefix must be a str, or a tuple for names that are tuples, not {type(prefix).__name__}")
         class_name = None
         if of is not None:
-            plain = options_of.unwrap(of)[0]
+            plain = unwrap(of)[0]
             class_name = f"{plain.__module__}.{plain.__qualname__}"
         found: list[BirdInfo] = await client_of(self.name).asks.read("birds", state, node, prefix, class_name)
         return found

@@ -56,7 +56,8 @@ def check_name(name: object) -> None:
         for part in name:  # type: ignore[attr-defined]  # it is a tuple, as tested by identity above
             check_name(part)
     elif kind not in (str, int, bytes, uuid.UUID):
-        raise TypeError(f"a bird's name must be a str, int, bytes, uuid.UUID or a tuple of these, not {kind.__name__}: {name!r}")
+        allowed = "a str, int, bytes, uuid.UUID or a tuple of these"
+        raise TypeError(f"a bird's name must be {allowed}, not {kind.__name__}: {name!r}")
 
 
 def encode_name(name: Name) -> bytes:

@@ -213,7 +213,7 @@ class Show:
 def local_cluster(nodes: int) -> Iterator[tuple[Cluster, list[Any]]]:
     """A Ray cluster of this many raylets, of which nothing is left afterwards."""
     me = psutil.Process()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         workers = [cluster.add_node(num_cpus=1) for _ in range(nodes - 1)]
         ray.init(cluster.address, log_to_driver=False, logging_level="warning")

@@ -1,12 +1,12 @@
 """The set: a delta-state, add-wins, observed-remove map from keys to dotted values, without tombstones.
 
-Every add has a unique dot. A replica keeps the live (dot, value) pairs of each key and a *context*: all dots it has ever seen. A dot
-that is in the context but under no key was removed, and that is all the memory a removal leaves. A remove names the dots it
-observed, so an add that it did not observe survives it: add wins.
+Every add has a unique dot. A replica keeps the live (dot, value) pairs of each key and a *context*: all dots it has ever seen.
+A dot that is in the context but under no key was removed, and that is all the memory a removal leaves. A remove names the dots
+it observed, so an add that it did not observe survives it: add wins.
 
 Sources: Almeida, Shoker, Baquero, "Delta state replicated data types" (2018), the causal map with values that are lattices
-themselves; Bieniusa et al., "An optimized conflict-free replicated set" (2012), for the context in place of tombstones; hash trees
-over key hashes as in anti-entropy by Merkle trees (DeCandia et al., Dynamo, 2007).
+themselves; Bieniusa et al., "An optimized conflict-free replicated set" (2012), for the context in place of tombstones; hash
+trees over key hashes as in anti-entropy by Merkle trees (DeCandia et al., Dynamo, 2007).
 
 Rules kept here (DESIGN S1 to S3):
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
@@ -44,9 +44,10 @@ Runs = list[tuple[int, int]]
 class Context:
     """The dots a replica has seen: a version vector, and a cloud for what came out of order.
 
-    The cloud is kept as runs, not as single counters. A lost add that was removed again leaves a gap that no part of entries mends,
-    only the next whole context, and that waits until both replicas are equal for a moment: in a busy flock, long. Meanwhile all that
-    is added goes into the cloud, and the cloud into every part: 80 KB a part for 20,000 dots behind one gap, as single counters.
+    The cloud is kept as runs, not as single counters. A lost add that was removed again leaves a gap that no part of entries
+    mends, only the next whole context, and that waits until both replicas are equal for a moment: in a busy flock, long.
+    Meanwhile all that is added goes into the cloud, and the cloud into every part: 60 KB a part for 20,000 dots behind one gap,
+    as single counters.
     """
 
     __slots__ = ("cloud", "vector")
@@ -62,7 +63,7 @@ class Context:
         if counter <= self.vector.get(life, 0):
             return True
         runs = self.cloud.get(life, [])
-        at = bisect(runs, (counter + 1,)) - 1  # a shorter tuple comes before its extensions: the last run that starts at most here
+        at = bisect(runs, (counter + 1,)) - 1  # a shorter tuple comes first: this is the last run that starts here or before
         return at >= 0 and counter <= runs[at][1]
 
     def __eq__(self, other: object) -> bool:
@@ -152,8 +153,8 @@ def _union(some: Runs, others: Runs) -> Runs:
 class Delta(Generic[K, V]):
     """Some adds, removes and new values, to be joined anywhere in any order.
 
-    `entries[key]` are the pairs added or changed; `context` the exact dots this delta speaks of. A dot in the context and not in
-    the entries of its key was removed: so a removal names its key with the pairs that are left of what it speaks of (none).
+    `entries[key]` are the pairs added or changed; `context` the exact dots this delta speaks of. A dot in the context and not
+    in the entries of its key was removed: so a removal names its key with the pairs that are left of what it speaks of (none).
     """
 
     entries: dict[K, Pairs[V]] = field(default_factory=dict)
@@ -167,7 +168,7 @@ class Part(Generic[K, V]):
     It covers the keys in `keys` and every key whose hash falls into one of `leaves`.
     """
 
-    leaves: tuple[int, ...]
+    leaves: Sequence[int]
     keys: tuple[K, ...]
     entries: dict[K, Pairs[V]]
     context: Context
@@ -205,9 +206,7 @@ class AWORSet(Generic[K, V]):
         fingerprint: a representation of a value, equal on every machine for equal values, whose `repr` is hashed.
     """
 
-    def __init__(
-        self, key_hash: Callable[[K], int], merge: Callable[[V, V], V], fingerprint: Callable[[V], object]
-    ) -> None:
+    def __init__(self, key_hash: Callable[[K], int], merge: Callable[[V, V], V], fingerprint: Callable[[V], object]) -> None:
         self.context = Context()
         self._entries: dict[K, Pairs[V]] = {}
         self._key_hash = key_hash
@@ -263,10 +262,7 @@ class AWORSet(Generic[K, V]):
 
     def join_part(self, part: Part[K, V]) -> list[Change[K, V]]:
         """Joins a part: its context speaks only of the keys it covers, here and there."""
-        covered = set(part.keys) | set(part.entries)
-        for leaf in part.leaves:
-            covered.update(self._leaves.get(leaf, ()))
-        changes = [self._join_key(key, part.entries.get(key, ()), part.context) for key in covered]
+        changes = [self._join_key(key, part.entries.get(key, ()), part.context) for key in self._covered(part)]
         for pairs in part.entries.values():
             for dot, _ in pairs:
                 self.context.add(dot)
@@ -298,10 +294,7 @@ class AWORSet(Generic[K, V]):
     def delta_against(self, part: Part[K, V]) -> Delta[K, V]:
         """What the sender of a part lacks of the keys it covers, as exact dots."""
         delta: Delta[K, V] = Delta()
-        covered = set(part.keys) | set(part.entries)
-        for leaf in part.leaves:
-            covered.update(self._leaves.get(leaf, ()))
-        for key in covered:
+        for key in self._covered(part):
             theirs = dict(part.entries.get(key, ()))
             mine = dict(self.get(key))
             news = tuple((d, v) for d, v in mine.items() if d not in part.context or (d in theirs and theirs[d] != v))
@@ -320,7 +313,7 @@ class AWORSet(Generic[K, V]):
 
     def whole(self) -> Part[K, V]:
         """The full state."""
-        return Part(tuple(range(1 << LEAF_BITS)), (), dict(self._entries), self.context.copy())
+        return Part(range(1 << LEAF_BITS), (), dict(self._entries), self.context.copy())
 
     # Digests
 
@@ -349,6 +342,17 @@ class AWORSet(Generic[K, V]):
             else:
                 children.update((child, self.digest(child)) for child in prefix.children())
         return children, leaves
+
+    def _covered(self, part: Part[K, V]) -> set[K]:
+        """The keys a part speaks of, here and there."""
+        covered = set(part.keys) | set(part.entries)
+        leaves: Iterable[int] = part.leaves
+        if len(part.leaves) > len(self._leaves):  # a whole state has 32,768 leaves, and a small set few of them
+            wanted = part.leaves if isinstance(part.leaves, range) else set(part.leaves)
+            leaves = [leaf for leaf in self._leaves if leaf in wanted]
+        for leaf in leaves:
+            covered.update(self._leaves.get(leaf, ()))
+        return covered
 
     # The one place where entries change
 

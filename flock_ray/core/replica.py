@@ -1,7 +1,7 @@
 """A nest's copy of the flock: specs, status records and node records as one joinable whole, and the code the specs need.
 
-The set maps a name to dots, and a dot to a `Record`: the spec, which never changes, and the status, of which the later is kept. So a
-removed dot takes its status along, and one digest covers both. Node records are facts of a nest life and only ever added.
+The set maps a name to dots, and a dot to a `Record`: the spec, which never changes, and the status, of which the later is kept.
+So a removed dot takes its status along, and one digest covers both. Node records are facts of a nest life and only ever added.
 
 Rules kept here: S4 (the winner is chosen when reading), S5 (code once, by digest, gone with its last spec), S6 (status order).
 """
@@ -184,7 +184,7 @@ class Replica:
         return True
 
     def update_of(self, changes: Iterable[RecordChange]) -> Update:
-        """The news of these changes. New specs take their code along: who has just dropped it with its last spec needs it again (S5)."""
+        """The news of these changes. New specs take their code along: who dropped it with its last spec needs it again (S5)."""
         changes = list(changes)
         new = {r.spec.code for c in changes for dot, r in c.after if r.status is None and dot not in dict(c.before)}
         return Update(self.birds.delta_of(changes), {digest: self.code[digest] for digest in new if digest in self.code})

@@ -1,7 +1,8 @@
 """Where a name lives: an immutable consistent-hash ring over the nodes of a view, and the placement of what needs resources.
 
-The ring is uhashring's (P1), with points that depend on a node's own CPUs alone, so that one node's weight never moves birds between
-two others, and with a 64-bit BLAKE2 hash over the canonical encoding of names, equal on every machine and Python version.
+The ring is uhashring's (P1), with points that depend on a node's own CPUs alone, so that one node's weight never moves birds
+between two others, and with a 64-bit BLAKE2 hash over the canonical encoding of names, equal on every machine and Python
+version.
 
 What has resource demands is placed by P2: in order of stamp, each on the first node of its preference list that still has room
 (consistent hashing with bounded loads: Mirrokni, Thorup, Zadimoghaddam 2018). It is a pure function of replica and view.
@@ -17,8 +18,9 @@ from uhashring import HashRing
 from flock_ray.core.replica import Replica
 from flock_ray.specs import Dot, Life, Name, NodeRecord, Spec, encode_name, name_hash, stable_hash
 
-# Of 400 random clusters of four nodes of 2 CPUs, the last node to join took more than 1.15 x its ideal share in 2 % with 80 points a CPU
-# and in none with 160 (at most 1.12 x). More points are more even and cost more to build: a node of 64 CPUs takes 16 ms.
+# Of 400 random clusters of four nodes of 2 CPUs, the last node to join took more than 1.15 x its ideal share in 2 % with 80
+# points a CPU and in none with 160 (at most 1.12 x). More points are more even and cost more to build: a node of 64 CPUs takes
+# 16 ms.
 POINTS_PER_CPU = 160
 POINTS_WITHOUT_CPUS = 320  # of every node, in a cluster where none ever had CPUs
 
@@ -67,8 +69,8 @@ class Ring:
     def preferences(self, name: Name) -> Iterator[str]:
         """The preference list, one by one: most often only the first is looked at.
 
-        uhashring's own `range` copies the ring for each name: 8 ms in a cluster of 100 nodes of 64 CPUs. The walk ends early where
-        a node with few points would take it around a large ring; who was not met follows by hash.
+        uhashring's own `range` copies the ring for each name: 8 ms in a cluster of 100 nodes of 64 CPUs. The walk ends early
+        where a node with few points would take it around a large ring; who was not met follows by hash.
         """
         rest = dict(self.weights)
         point = name_hash(name)
@@ -187,9 +189,9 @@ def place(ring: Ring, replica: Replica, by_node: Mapping[str, Life]) -> tuple[di
 
 def _selected(labels: Mapping[str, str], selector: Iterable[tuple[str, str]]) -> bool:
     """Do a node's labels satisfy Ray's label selector: `v`, `!v`, `in(a,b)` or `!in(a,b)`?"""
-    for key, wanted in selector:
-        negated = wanted.startswith("!")
-        wanted = wanted[1:] if negated else wanted
+    for key, condition in selector:
+        negated = condition.startswith("!")
+        wanted = condition[1:] if negated else condition
         values = [v.strip() for v in wanted[3:-1].split(",")] if wanted.startswith("in(") and wanted.endswith(")") else [wanted]
         if (labels.get(key) in values) == negated:
             return False
@@ -212,4 +214,5 @@ def _why_not(
         most = max(free[node].get(what, 0.0) for node in chosen)
         if most + 1e-9 < amount:
             short.append(f"{what}: wants {amount:g}, the most that is free on one node is {most:g}")
-    return "; ".join(short) or "no node has all of " + ", ".join(f"{what} {amount:g}" for what, amount in demand) + " free at once"
+    wanted = ", ".join(f"{what} {amount:g}" for what, amount in demand)
+    return "; ".join(short) or f"no node has all of {wanted} free at once"

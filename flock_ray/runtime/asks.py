@@ -170,7 +170,7 @@ async def answer_of(reply: Reply, timeout: float | None) -> Raw:
     reply.on_done(lambda: loop.call_soon_threadsafe(there.set))
     try:
         await asyncio.wait_for(there.wait(), timeout)
-    except asyncio.TimeoutError as error:
+    except TimeoutError as error:
         raise NoAnswer from error
     return reply.get(0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import ray
@@ -10,7 +11,7 @@ from flock_ray.runtime import cluster
 
 
 def main(address: str, flock: str, node: str) -> None:
-    ray.init(address, namespace=cluster.NAMESPACE, log_to_driver=False, logging_level="warning")
+    ray.init(address, namespace=cluster.NAMESPACE, log_to_driver=False, logging_level=logging.WARNING)
     record = cluster.flock_life(flock)
     if record is None or record.ending:
         raise SystemExit(f"flock {flock!r} is gone")

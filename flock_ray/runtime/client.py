@@ -49,7 +49,7 @@ class Client:
 
     # Calls
 
-    def call(self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | None | Default, retry: bool) -> Any:
+    def call(self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | Default | None, retry: bool) -> Any:
         """Calls a method and waits for its result, on this thread."""
         if inside.in_async_method():
             text = f"calling {method!r} of bird {name!r} here would stop the event loop of this bird; in an async def method"
@@ -64,7 +64,7 @@ class Client:
             raise
 
     async def aio(
-        self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | None | Default, retry: bool
+        self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | Default | None, retry: bool
     ) -> Any:
         """Calls a method and awaits its result, on any event loop."""
         message = self._message(name, dot, method, args, kwargs, timeout, retry)
@@ -72,7 +72,7 @@ class Client:
         return await message.wait_async()
 
     def future(
-        self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | None | Default, retry: bool
+        self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | Default | None, retry: bool
     ) -> Pending:
         """Sends a call and returns the future of its result."""
         message = self._message(name, dot, method, args, kwargs, timeout, retry, detached=True)
@@ -91,7 +91,7 @@ class Client:
         method: str,
         args: Any,
         kwargs: Any,
-        timeout: float | None | Default,
+        timeout: float | Default | None,
         retry: bool,
         *,
         cast: bool = False,
@@ -119,19 +119,16 @@ class Client:
     def give_time(self, message: Pending) -> None:
         """Sets its deadline, as soon as the flock's default is known."""
         timeout = message.timeout
-        if timeout is DEFAULT:
+        if isinstance(timeout, Default):
             config = self.asks.known_config
             if config is None:
                 message.waits_without_deadline = True  # there is no route either: the courier comes back to it
                 return
             timeout = message.timeout = config.call_timeout
-            if timeout is not None and message.deadline == FOREVER:
-                message.deadline = self.clock() + timeout
-                if message.waits_without_deadline:
-                    self.courier.post(message.set_timer)  # its sender may wait already
-        elif timeout is not None and message.deadline == FOREVER:
-            assert not isinstance(timeout, Default)
+        if timeout is not None and message.deadline == FOREVER:
             message.deadline = self.clock() + timeout
+            if message.waits_without_deadline:
+                self.courier.post(message.set_timer)  # its sender may wait already
 
     def _pack(self, name: Name, method: str, args: Any, kwargs: Any) -> tuple[bytes, list[Any]]:
         try:
@@ -216,7 +213,7 @@ def culprit(args: tuple[Any, ...], kwargs: dict[str, Any], attempt: Callable[[An
 def _works(attempt: Callable[[Any], object], value: Any) -> bool:
     try:
         attempt(value)
-    except Exception:  # noqa: BLE001  # whatever a user's class does when it is pickled
+    except Exception:  # whatever a user's class does when it is pickled
         return False
     return True
 

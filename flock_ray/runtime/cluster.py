@@ -59,7 +59,8 @@ def _key(flock: str) -> bytes:
 def flock_life(flock: str) -> FlockLife | None:
     """The current life of a flock, if there is one."""
     packed = internal_kv._internal_kv_get(_key(flock), namespace=_KV)
-    return None if packed is None else pickle.loads(packed)
+    record: FlockLife | None = None if packed is None else pickle.loads(packed)
+    return record
 
 
 def put_address(life: str, node: str, address: str) -> None:
@@ -98,6 +99,7 @@ class Node:
 
 def nodes() -> dict[str, Node]:
     """The nodes that Ray lists alive, by id."""
+    table: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray has no types here
     return {
         row["NodeID"]: Node(
             row["NodeID"],
@@ -106,7 +108,7 @@ def nodes() -> dict[str, Node]:
             tuple(sorted((k, float(v)) for k, v in row["Resources"].items() if not k.startswith("node:"))),
             tuple(sorted(row.get("Labels", {}).items())),
         )
-        for row in ray.nodes()
+        for row in table
         if row["Alive"]
     }
 
@@ -155,7 +157,9 @@ def start_nest(record: FlockLife, node: str) -> ActorHandle[Any]:
         "max_concurrency": 100_000,  # long polls wait in it
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
     }
-    return ray.remote(Nest).options(**options).remote(pickle.dumps(record), node)  # type: ignore[no-any-return,attr-defined]  # Ray's stubs do not know options with a dict
+    actor: Any = ray.remote(Nest)
+    handle: ActorHandle[Any] = actor.options(**options).remote(pickle.dumps(record), node)
+    return handle
 
 
 def nest_handle(life: str, node: str) -> ActorHandle[Any]:
@@ -307,13 +311,15 @@ def start_host(
         ray_options["accelerator_type"] = options.accelerator_type
     if env:
         ray_options["runtime_env"] = json.loads(env)
+    make: Any = ray.remote
     if is_async:
-        cls = ray.remote(AsyncHostActor)
+        cls: Any = make(concurrency_groups={"ctl": 2})(AsyncHostActor)
         ray_options["max_concurrency"] = options.max_concurrency if options.max_concurrency > 1 else 1000
     else:
-        cls = ray.remote(concurrency_groups={"ctl": 2})(HostActor)
+        cls = make(concurrency_groups={"ctl": 2})(HostActor)
         ray_options["max_concurrency"] = options.max_concurrency
-    return cls.options(**ray_options).remote(boot, nest)  # type: ignore[no-any-return,attr-defined]  # as above
+    handle: ActorHandle[Any] = cls.options(**ray_options).remote(boot, nest)
+    return handle
 
 
 _hosts: dict[str, ActorHandle[Any]] = {}
@@ -351,7 +357,7 @@ class Origin:
 def origin() -> Origin:
     context = ray.get_runtime_context()
     env = dict(context.runtime_env)
-    worker: Any = ray._private.worker.global_worker  # type: ignore[attr-defined]  # private: see the head of this file
+    worker: Any = ray._private.worker.global_worker  # private: see the head of this file
     core = getattr(worker, "core_worker", None)
     path: tuple[str, ...] = ()
     if core is not None:
@@ -361,7 +367,7 @@ def origin() -> Origin:
 
 def pin(envs: list[str]) -> None:
     """Keeps the packages of these runtime_envs for another `PIN_SECONDS`: no process needed, unlike a keeper actor."""
-    worker: Any = ray._private.worker.global_worker  # type: ignore[attr-defined]  # private: see the head of this file
+    worker: Any = ray._private.worker.global_worker  # private: see the head of this file
     for env in envs:
         fields = json.loads(env)
         for uri in [fields.get("working_dir"), *(fields.get("py_modules") or ())]:

@@ -39,7 +39,9 @@ from flock_ray.core.wire import (
     decode,
 )
 from flock_ray.runtime.inside import current
-from flock_ray.runtime.life import MOVED, AsyncLife, HostedLife, Response, State, SyncLife
+from flock_ray.runtime.life import MOVED, HostedLife, Response, State
+from flock_ray.runtime.life_async import AsyncLife
+from flock_ray.runtime.life_sync import SyncLife
 from flock_ray.runtime.tether import NestAwayError, NestLink, PidFile, Reporter, Tether
 from flock_ray.runtime.timers import Scheduler
 from flock_ray.specs import Dot, Life, Name
@@ -48,7 +50,7 @@ log = logging.getLogger("flock_ray.host")
 
 LINGER = 2.0  # seconds a host whose life has ended still says "moved": longer spares late callers a dead actor, and costs the process
 CRASH_LINGER = 0.2  # seconds for the last answer of a crashed life to leave the process
-FAREWELL = 1.0  # seconds Ray is given to end the process; it cannot while a method runs
+FAREWELL = 5.0  # seconds Ray is given to end the process (it takes 1 to 2); it cannot while a method runs
 FORGOTTEN = 60.0  # seconds after which a host that left in good order ends without its nest's ForgetOrder
 
 

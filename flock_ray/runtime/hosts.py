@@ -28,7 +28,7 @@ from flock_ray.runtime.host import HostBoot
 from flock_ray.specs import Dot, Name, Spec
 
 InThread = Callable[..., Awaitable[Any]]
-LINGER = 1.0  # seconds a host that reported its own end is given before it is ended
+FAREWELL = 15.0  # seconds within which a host that keeps nothing ends by itself, or is killed
 
 
 def surroundings(spec: Spec) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class Hosts:
             )
             if process.killed_for:
                 await self._in_thread(ray.kill, process.handle)
-            await process.handle.hatch.remote(pickle.dumps(order))  # type: ignore[union-attr]  # set above
+            await process.handle.hatch.remote(pickle.dumps(order))
         except (ray.exceptions.RayError, ray.exceptions.RuntimeEnvSetupError, ValueError) as error:
             if not process.over:
                 self._died(process, str(error))
@@ -138,12 +138,15 @@ class Hosts:
     def forget(self, dot: Dot) -> None:
         for process in [process for process in self._processes.values() if process.dot == dot and process.over]:
             self._order(process, wire.ForgetOrder(dot))
+            asyncio.get_running_loop().call_later(FAREWELL, self._kill, process, "its life was over and it did not end")
 
     def _order(self, process: Process, order: object) -> None:
         if process.handle is not None:
             process.handle.control.remote(wire.encode(order))
 
     def _kill(self, process: Process, why: str) -> None:
+        if process.host not in self._by_host:
+            return
         process.killed_for = process.killed_for or why
         if process.pidfd >= 0:
             signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
@@ -194,7 +197,7 @@ class Hosts:
         if process.deadline is not None:
             process.deadline.cancel()
         if isinstance(word, ev.LifeCrashed) or (isinstance(word, ev.LifeEnded) and not word.handed_over):
-            asyncio.get_running_loop().call_later(LINGER, self._kill, process, "its life is over")
+            asyncio.get_running_loop().call_later(FAREWELL, self._kill, process, "its life was over and it did not end")
 
     def _watch(self, process: Process, pid: int) -> None:
         process.pid = pid
@@ -216,6 +219,7 @@ class Hosts:
         if process.pidfd >= 0:
             asyncio.get_running_loop().remove_reader(process.pidfd)
             os.close(process.pidfd)
+            process.pidfd = -1
         if not process.over:
             self._tell(ev.LifeCrashed(process.dot, process.born, process.killed_for or text))
 

@@ -159,7 +159,7 @@ def _send(
     what: str, seconds: float, every: bool, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Timer:
     life = _here(what).life
-    if not (0 < seconds if every else 0 <= seconds) or seconds == float("inf"):
+    if not (seconds > 0 if every else seconds >= 0) or seconds == float("inf"):
         raise ValueError(f"{what}: seconds must be finite and {'more than' if every else 'at least'} 0, not {seconds!r}")
     name = method if isinstance(method, str) else method.__name__
     return Timer(life.send(seconds, every, name, args, kwargs))

@@ -23,7 +23,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from flock_ray import errors
 from flock_ray.core import events as ev
@@ -42,6 +42,14 @@ AVOID_SECONDS = 3.0  # how long another route is insisted on; a bird can come ba
 RETRY_PAUSE = 0.05  # seconds before a host that could not be reached is tried again
 WINDOW = 10_000  # unanswered messages a lane holds; more is more memory on both sides, less stops bursts of casts sooner
 
+
+class Way(NamedTuple):
+    """Where a lane's messages go."""
+
+    route: Route
+    link: Link
+
+
 _PING = wire.encode(wire.Withdraw(""))
 
 
@@ -56,8 +64,7 @@ class Lane:
         self._ids = itertools.count()
         self._connections = itertools.count()
         self._caller = caller
-        self._route: Route | None = None
-        self._link: Link | None = None
+        self._way: Way | None = None
         self._order = 0
         self._sent: dict[int, Pending] = {}  # by order
         self._queue: deque[Pending] = deque()
@@ -89,7 +96,8 @@ class Lane:
             if len(self._sent) + len(self._queue) >= WINDOW and watched:
                 text = f"{WINDOW} messages to bird {self.name!r} are not answered yet; slow down, or wait for some of them"
                 raise errors.MailboxFull(text, self.name)
-            if self._closed or not self._is_open():
+            way = self._open_way()
+            if way is None:
                 self._queue.append(message)
                 if not self._closed:
                     self._close()
@@ -97,22 +105,24 @@ class Lane:
                     self.client.courier.post(self._nudge.set)
                 return
             self._check_cycle(message)
-            self._send(message)
+            reply = self._send(message, way)
             if watched and not self._watching:
-                self._watch(message)
+                self._watch(message, reply)
 
-    def _is_open(self) -> bool:
-        if self._link is None:
+    def _open_way(self) -> Way | None:
+        """The way, if a message can be risked on it without a look."""
+        if self._closed:
+            return None
+        if self._way is None:
             known = self.client.known(self.name)
             if known is None:
-                return False
-            self._connect(*known)
-        link = self._link
-        assert link is not None
-        return self.client.clock() - link.used_at < FRESH and not link.lost()
+                return None
+            self._connect(Way(*known))
+        way = self._way
+        return way if way is not None and self.client.clock() - way.link.used_at < FRESH and not way.link.lost() else None
 
-    def _connect(self, route: Route, link: Link) -> None:
-        self._route, self._link, self._order = route, link, 0
+    def _connect(self, way: Way) -> None:
+        self._way, self._order = way, 0
         self._caller = f"{self._base}.{next(self._connections)}"
 
     def _check_cycle(self, message: Pending) -> None:
@@ -126,35 +136,40 @@ class Lane:
             CallCycle: names the chain.
         """
         me = (self.client.flock, self.name)
-        if me in chain and self._route is not None and not self._route.host.startswith("async:"):
+        if me in chain and self._way is not None and not self._way.route.host.startswith("async:"):
             birds = " -> ".join(repr(name) for _, name in (*chain, me))
             text = f"the call would wait for itself: {birds}; use cast, or make the methods of {self.name!r} async def"
             raise errors.CallCycle(text, self.name)
 
-    def _send(self, message: Pending) -> None:
-        assert self._route is not None and self._link is not None
-        head = wire.Call(message.id, self._caller, self._order, self._route.dot, message.method, message.chain, message.cast)
+    def _send(self, message: Pending, way: Way) -> Reply:
+        head = wire.Call(message.id, self._caller, self._order, way.route.dot, message.method, message.chain, message.cast)
         message.fate = None
-        message.reply = self._link.send(wire.encode(head, message.body), message.extra)
+        message.reply = reply = way.link.send(wire.encode(head, message.body), message.extra)
         message.order = self._order
         self._sent[self._order] = message
         self._order += 1
+        return reply
 
     # On any thread
 
     def settle(self, message: Pending, reply: Reply, outcome: Opened | Exception) -> None:
         """Takes what became of a message. The second to say so is ignored."""
         with self._lock:
-            if self._sent.get(message.order) is not message or message.reply is not reply or message.fate is not None:
+            if message.reply is not reply or message.fate is not None:
+                return
+            if message.begun:
+                self._sent[message.order] = message  # only its own answer matters now; in any other case it is as if it came last
+                message.begun = False
+            if self._sent.get(message.order) is not message:
                 return
             if isinstance(outcome, Down) or (isinstance(outcome, Opened) and outcome.answer.kind == "moved"):
                 message.fate = outcome if isinstance(outcome, Down) else "moved"
                 self._close()
                 return
             del self._sent[message.order]
-            if self._link is not None and isinstance(outcome, Opened):
-                self._link.used_at = self.client.clock()
-                self._forget_casts_before(message.order)
+            if self._way is not None and isinstance(outcome, Opened):
+                self._way.link.used_at = self.client.clock()
+                self._forget_before(message.order)
         if isinstance(outcome, Exception):
             message.fail(outcome)
         else:
@@ -167,32 +182,30 @@ class Lane:
         except NoAnswer:
             reply.on_done(lambda: self.client.courier.post(self.take, message, reply))
             return
-        except Exception as error:  # noqa: BLE001  # `Down`, or what became of an argument
+        except Exception as error:  # `Down`, or what became of an argument
             outcome = error
         self.settle(message, reply, outcome)
 
     def abandon(self, message: Pending) -> None:
         """Nobody waits for it any more: it is not sent, or taken out of the mailbox if its method has not begun (C5)."""
         with self._lock:
-            link, sent = self._link, self._sent.get(message.order) is message and message.fate is None
+            way, sent = self._way, self._sent.get(message.order) is message and message.fate is None
             if sent:
                 del self._sent[message.order]
             elif message in self._queue:
                 self._queue.remove(message)
-        if sent and link is not None:
+        if sent and way is not None:
             with contextlib.suppress(Exception):  # it was only a favour
-                link.control(wire.encode(wire.Withdraw(message.id)))
+                way.link.control(wire.encode(wire.Withdraw(message.id)))
 
-    def _forget_casts_before(self, order: int) -> None:
-        """An answer that is no refusal: all that was sent before has begun, and a cast needs no more than that."""
-        for earlier, message in tuple(itertools.takewhile(lambda item: item[0] < order and item[1].cast, self._sent.items())):
-            del self._sent[earlier]
+    def _forget_before(self, order: int) -> None:
+        """An answer that is no refusal: all that was sent before has begun, so it is never to be sent again for the order's sake."""
+        for place in tuple(itertools.takewhile(lambda place: place < order, self._sent)):
+            self._sent.pop(place).begun = True
 
-    def _watch(self, message: Pending) -> None:
+    def _watch(self, message: Pending, reply: Reply) -> None:
         # One watched reply a lane, the newest: it tells of all before it. Watching each would cost a fifth of the rate (measured).
         self._watching = True
-        reply = message.reply
-        assert reply is not None
         reply.on_done(lambda: self.client.courier.post(self._sweep, message, reply))
 
     def _close(self) -> None:
@@ -203,21 +216,14 @@ class Lane:
     # On the courier
 
     def _sweep(self, message: Pending, reply: Reply) -> None:
-        """The watched reply is there: settles it and what else is answered, and watches on."""
+        """The watched reply is there: settles it, and watches on."""
         with self._lock:
             self._watching = False
         self.take(message, reply)
         with self._lock:
-            unanswered = [(one, one.reply) for one in self._sent.values() if one.reply is not None and one.fate is None]
-        replies = [reply for _, reply in unanswered]
-        done = self.client.links.done(replies) if replies else []
-        for (one, its_reply), is_there in zip(unanswered, done, strict=True):
-            if is_there:
-                self.take(one, its_reply)
-        with self._lock:
             newest = next((one for one in reversed(self._sent.values()) if one.fate is None), None)
-            if newest is not None and not self._watching:
-                self._watch(newest)
+            if newest is not None and newest.reply is not None and not self._watching:
+                self._watch(newest, newest.reply)
 
     async def _recover(self) -> None:
         """Opens the lane again."""
@@ -242,10 +248,10 @@ class Lane:
     async def _still_good(self) -> bool:
         """Was the lane closed for no more than an old route, and does the route still answer?"""
         with self._lock:
-            link = self._link
-            if link is None or any(message.fate is not None for message in self._sent.values()) or link.lost():
+            way = self._way
+            if way is None or any(message.fate is not None for message in self._sent.values()) or way.link.lost():
                 return False
-        return await self._ping(link)
+        return await self._ping(way.link)
 
     async def _ping(self, link: Link) -> bool:
         """Is the host there? One that is merely slow counts as there: its calls will tell."""
@@ -253,7 +259,7 @@ class Lane:
             await answer_of(link.control(_PING), PING_SECONDS)
         except NoAnswer:
             pass
-        except Exception:  # noqa: BLE001  # `Down`; or a host of another kind
+        except Exception:  # `Down`; or a host of another kind
             return False
         link.used_at = self.client.clock()
         return True
@@ -262,30 +268,28 @@ class Lane:
         """Learns what became of everything sent, and queues again, in order, what may be sent again."""
         while True:
             with self._lock:
-                unknown = next((one for one in self._sent.values() if one.fate is None), None)
-                if unknown is None:
+                unknown, reply = next(((one, one.reply) for one in self._sent.values() if one.fate is None), (None, None))
+                if unknown is None or reply is None:
                     again, lost = self._decide()
                     self._queue.extendleft(reversed(again))
                     self._sent.clear()
-                    route, self._route, self._link = self._route, None, None
+                    way, self._way = self._way, None
                     break
-                reply = unknown.reply
-                assert reply is not None
             try:
                 outcome: Opened | Exception = open_raw(await answer_of(reply, None))
-            except Exception as error:  # noqa: BLE001  # as in `take`
+            except Exception as error:  # as in `take`
                 outcome = error
             self.settle(unknown, reply, outcome)
             with self._lock:  # it may have been abandoned meanwhile
                 if unknown.fate is None:
                     self._sent.pop(unknown.order, None)
-        if route is not None:
-            self.client.drop_route(route)
+        if way is not None:
+            self.client.drop_route(way.route)
         for message in lost:
             text = f"the host of bird {self.name!r} went away: {message.method!r} may or may not have run"
-            error = errors.BirdUnavailable(f"{text}; call again if it can be repeated, or use options(retry=True)", self.name)
-            error.__cause__ = message.fate if isinstance(message.fate, Down) else None
-            message.fail(error)
+            unavailable = errors.BirdUnavailable(f"{text}; call again if it can be repeated, or use options(retry=True)", self.name)
+            unavailable.__cause__ = message.fate if isinstance(message.fate, Down) else None
+            message.fail(unavailable)
 
     def _decide(self) -> tuple[list[Pending], list[Pending]]:
         """Of the messages sent: those to be sent again, and those that may have run."""
@@ -301,8 +305,8 @@ class Lane:
                 message.reply = None
             elif not message.cast:
                 lost.append(message)
-        if refused or (self._link is not None and self._link.lost()):
-            self._avoid = self._route
+        if self._way is not None and (refused or self._way.link.lost()):
+            self._avoid = self._way.route
         return again, lost
 
     async def _find(self) -> None:
@@ -326,7 +330,7 @@ class Lane:
             if link is not None and (self.client.clock() - link.used_at < FRESH or await self._ping(link)):
                 self.client.learn(route, link)
                 with self._lock:
-                    self._connect(route, link)
+                    self._connect(Way(route, link))
                 return
             self.client.drop_route(route)
             avoid = route if link is None or link.lost() else None
@@ -390,7 +394,7 @@ class Lane:
             messages = [*self._sent.values(), *self._queue]
             self._sent.clear()
             self._queue.clear()
-            self._route = self._link = None
+            self._way = None
             self._closed = False
         for message in messages:
             message.fail(error)
@@ -399,23 +403,24 @@ class Lane:
         """Sends what has queued up, and opens the lane."""
         failed: list[tuple[Pending, Exception]] = []
         with self._lock:
-            if self._queue and self._link is None:
+            way = self._way
+            if self._queue and way is None:
                 return False
-            while self._queue:
+            while self._queue and way is not None:
                 message = self._queue.popleft()
                 if message.is_done():
                     continue
                 try:
                     self._check_cycle(message)
-                    self._send(message)
-                except Exception as error:  # noqa: BLE001  # a cycle; or Ray did not take it
+                    reply = self._send(message, way)
+                except Exception as error:  # a cycle; or Ray did not take it
                     failed.append((message, error))
                     continue
                 if not message.cast:
-                    message.watch()
+                    message.watch(reply)
                 elif not self._watching:
-                    self._watch(message)
+                    self._watch(message, reply)
             self._closed = False
-        for message, error in failed:
-            message.fail(error)
+        for message, reason in failed:
+            message.fail(reason)
         return True

@@ -1,4 +1,4 @@
-"""One life of a bird in this process: hatched, called, ended.
+"""One life of a bird in this process: hatched, called, ended. What sync (`life_sync.py`) and async birds (`life_async.py`) have in common.
 
     STARTING --> RUNNING --> ENDING --> RELEASED (in good order, asked by the nest) or EXITED (left of itself)
         \\___________\\__________\\____> CRASHED
@@ -21,14 +21,12 @@ import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flock_ray.core.events import LifeCrashed, LifeEnded, LifeExited, LifeRunning, Released
 from flock_ray.core.wire import Answer, Call, EndOrder, HatchOrder, HostReport, encode
 from flock_ray.runtime.inside import Inside, Leave, current
-from flock_ray.runtime.mailbox import LoopOrder, ThreadOrder, Turns
 from flock_ray.runtime.payload import pack, pack_alone, unpack
 from flock_ray.specs import Life
 
@@ -99,9 +97,9 @@ def is_async(cls: type) -> bool:
 
 
 def describe(error: BaseException) -> str:
-    """The traceback of what a bird's code raised, without the frames of this module. Its last line is `Type: message`."""
+    """The traceback of what a bird's code raised, without our own frames before it. Its last line is `Type: message`."""
     frames = error.__traceback__
-    while frames is not None and frames.tb_frame.f_globals.get("__name__") == __name__:
+    while frames is not None and frames.tb_frame.f_globals.get("__name__", "").startswith(__name__):
         frames = frames.tb_next
     return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
 
@@ -384,222 +382,3 @@ class HostedLife:
             yield
         finally:
             current.reset(token)
-
-
-class SyncLife(HostedLife):
-    """A bird without `async def`: `max_concurrency` methods at a time (1), each in a thread of the host."""
-
-    def __init__(self, order: HatchOrder, host: Surroundings) -> None:
-        super().__init__(order, host)
-        slots = order.spec.options.max_concurrency
-        self._turns = Turns(slots)
-        self._order = ThreadOrder() if slots > 1 else None  # with one thread Ray keeps the order
-        self._pool: ThreadPoolExecutor | None = None
-        self._turns.enter()  # __init__'s turn
-
-    def hatch(self) -> None:
-        """Runs `__init__` and `take_over`."""
-        try:
-            with self._inside():
-                self._make()
-                if is_async(self._cls):
-                    raise TypeError(f"{self._cls.__qualname__} has `async def` methods: it must be hatched in an AsyncHostActor")
-                take_over = self._state_to_take()
-                if take_over is not None:
-                    take_over()
-        except BaseException as error:  # also SystemExit: the bird's end is not the host's
-            self._hatch_failed(error)
-        else:
-            self._hatched()
-        finally:
-            self._turns.leave()
-
-    def call(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
-        """Runs a method when it is its turn, and answers."""
-        if self.state is not State.RUNNING:
-            return MOVED
-        if self._order is not None:
-            self._order.wait(head.caller, head.order)
-        self._turns.enter()
-        try:
-            return self._turned_away(head) or self._run(head, body, extra)
-        finally:
-            self._turns.leave()
-
-    def _run(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
-        arguments = self._arguments(head, body, extra)
-        if isinstance(arguments, bytes):
-            return arguments
-        args, kwargs = arguments
-        token = current.set(Inside(self, (*head.chain, self._link)))
-        try:
-            result = getattr(self.bird, head.method)(*args, **kwargs)
-        except BaseException as error:  # answered, or the life's end
-            return self._raised(head, error)
-        finally:
-            current.reset(token)
-        return self._result(head, result)
-
-    def _due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
-        if self._pool is None:  # only the scheduler's thread comes here
-            self._pool = ThreadPoolExecutor(self._turns.slots, "flock_ray timer")  # never more turns than that are granted
-        pool = self._pool
-        self._turns.enter_later(lambda: pool.submit(self._run_due, entry, method, body, extra))
-
-    def _run_due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
-        try:
-            if self._timer_turned_away(entry):
-                return
-            with self._inside():
-                args, kwargs = unpack(body, extra)
-                getattr(self.bird, method)(*args, **kwargs)
-        except BaseException as error:  # logged, or the life's end
-            self._timer_failed(method, error)
-        finally:
-            self._turns.leave()
-
-    def _begin_end(self, reason: str) -> None:
-        threading.Thread(target=self._run_end, args=(reason,), name="flock_ray end", daemon=True).start()
-
-    def _run_end(self, reason: str) -> None:
-        self._turns.enter_all()
-        if self.state is not State.ENDING:
-            return  # its last method, or __init__, crashed
-        with self._inside():
-            self._try_hook("on_stop", reason)
-            handed = self._try_hook("hand_over") if self._keeps else None
-        self._ended(handed)
-        self._turns.leave_all()
-
-    def _try_hook(self, name: str, *args: object) -> tuple[object] | None:
-        hook = self._hook(name)
-        if hook is None:
-            return None
-        try:
-            return (hook(*args),)
-        except BaseException:
-            log.exception("bird %r: %s raised", self.name, name)
-            return None
-
-
-class AsyncLife(HostedLife):
-    """A bird with `async def` methods. All of its code runs on one event loop; `async def` methods interleave."""
-
-    def __init__(self, order: HatchOrder, host: Surroundings) -> None:
-        super().__init__(order, host)
-        self._loop = asyncio.get_running_loop()
-        self._order = LoopOrder()
-        self._running: dict[object, asyncio.Task[Any] | None] = {}  # by call id or timer entry
-        self._idle = asyncio.Event()
-        self._idle.set()
-        self._tasks: set[asyncio.Task[Any]] = set()  # the loop itself keeps only weak references
-
-    async def hatch(self) -> None:
-        """Runs `__init__` and `take_over`."""
-        self._idle.clear()
-        try:
-            with self._inside():
-                self._make()
-                take_over = self._state_to_take()
-                if take_over is not None:
-                    await _finished(take_over())
-        except BaseException as error:  # also SystemExit: the bird's end is not the host's
-            self._hatch_failed(error)
-        else:
-            self._hatched()
-        finally:
-            self._idle.set()
-
-    async def call(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
-        """Begins a method in its caller's order, and answers."""
-        if self.state is not State.RUNNING:
-            return MOVED
-        await self._order.wait(head.caller, head.order)
-        return self._turned_away(head) or await self._run(head, body, extra)
-
-    async def _run(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
-        arguments = self._arguments(head, body, extra)
-        if isinstance(arguments, bytes):
-            return arguments
-        task = asyncio.current_task()
-        try:
-            with self._runs(head.id, task):
-                result = await self._invoke(head.method, arguments, head.chain)
-        except asyncio.CancelledError as error:
-            if task is None or head.id not in self._withdrawn:
-                return self._raised(head, error)
-            task.uncancel()  # it was `withdraw`, not the end of the loop
-            del self._withdrawn[head.id]
-            return refusal(f"{self._method_name(head.method)} was cancelled by its caller", "CallTimeout")
-        except BaseException as error:  # answered, or the life's end
-            return self._raised(head, error)
-        return self._result(head, result)
-
-    async def _invoke(self, method: str, arguments: Any, chain: tuple[tuple[str, Any], ...]) -> Any:
-        args, kwargs = arguments
-        bound = getattr(self.bird, method)
-        with self._inside(chain, inspect.iscoroutinefunction(bound)):
-            return await _finished(bound(*args, **kwargs))
-
-    def withdraw(self, call: str) -> None:
-        super().withdraw(call)
-        self._loop.call_soon_threadsafe(self._cancel, call)
-
-    def _cancel(self, call: str) -> None:
-        task = self._running.get(call)
-        if task is not None:
-            task.cancel()
-
-    @contextmanager
-    def _runs(self, key: object, task: asyncio.Task[Any] | None) -> Iterator[None]:
-        self._running[key] = task
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            del self._running[key]
-            if not self._running:
-                self._idle.set()
-
-    def _due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
-        self._loop.call_soon_threadsafe(lambda: self._spawn(self._run_due(entry, method, body, extra)))
-
-    async def _run_due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
-        if self._timer_turned_away(entry):
-            return
-        try:
-            with self._runs(entry, None):
-                await self._invoke(method, unpack(body, extra), ())
-        except BaseException as error:  # logged, or the life's end
-            self._timer_failed(method, error)
-
-    def _begin_end(self, reason: str) -> None:
-        self._loop.call_soon_threadsafe(lambda: self._spawn(self._run_end(reason)))
-
-    def _spawn(self, work: Any) -> None:
-        task = self._loop.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _run_end(self, reason: str) -> None:
-        await self._idle.wait()
-        if self.state is not State.ENDING:
-            return  # its last method, or __init__, crashed
-        with self._inside(is_async=True):
-            await self._try_hook("on_stop", reason)
-            handed = await self._try_hook("hand_over") if self._keeps else None
-        self._ended(handed)
-
-    async def _try_hook(self, name: str, *args: object) -> tuple[object] | None:
-        hook = self._hook(name)
-        if hook is None:
-            return None
-        try:
-            return (await _finished(hook(*args)),)
-        except BaseException:
-            log.exception("bird %r: %s raised", self.name, name)
-            return None
-
-
-async def _finished(result: Any) -> Any:
-    return await result if inspect.iscoroutine(result) else result

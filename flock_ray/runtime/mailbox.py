@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
-GAP = 1.0  # seconds a message waits for an earlier one of its caller; longer keeps order over slower links, shorter stalls less for a lost one
+GAP = 1.0  # seconds a message waits for a missing one; longer keeps order over slower links, shorter stalls less for a lost one
 CALLERS = 10_000  # callers whose place is remembered; one forgotten waits GAP once
 
 

@@ -97,7 +97,7 @@ class Nest:
         number = max([time.time_ns() // 1_000_000, *[n + 1 for n in known]])
         life = Life(self._node, number)
         node = self._nodes.get(self._node)
-        ip = node.ip if node is not None else ray.util.get_node_ip_address()
+        ip = node.ip if node is not None else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
         self._members = Members(life, self._record.life, self._record.secret, ip, self._config, self._handle)
         self._registry = Registry(life, self._config, random.Random().random)
         await self._members.start()
@@ -349,10 +349,13 @@ class Nest:
                 text = f"flock {self._record.flock!r} is being destroyed; try again when that is done"
                 future.set_result(ev.Refused("FlockNotRunning", text, ""))
         await self._hosts.end_all("shutdown", SHUTDOWN)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._members is not None:
             await self._members.close()
         await self._in_thread(cluster.drop_address, self._record.life, self._node)
-        ray.actor.exit_actor()
+        ray.actor.exit_actor()  # type: ignore[no-untyped-call]  # Ray has no types here
 
     # Small things
 

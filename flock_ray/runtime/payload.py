@@ -44,7 +44,7 @@ class _NotPlainError(Exception):
 class _Plain(pickle.Pickler):
     """The C pickler; it calls `reducer_override` for everything but exact built-in types."""
 
-    def reducer_override(self, thing: Any) -> Any:
+    def reducer_override(self, thing: Any) -> Any:  # noqa: ARG002  # whatever it is
         raise _NotPlainError
 
 
@@ -95,11 +95,11 @@ class _Load(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _value_at(index: int) -> Any:
+def _value_at(index: int) -> Any:  # noqa: ARG001  # what pickles hold
     raise pickle.UnpicklingError("a reference came without its extra arguments: use flock_ray.runtime.payload.unpack")
 
 
-def _first_at(index: int) -> Any:
+def _first_at(index: int) -> Any:  # noqa: ARG001  # what pickles hold
     raise pickle.UnpicklingError("a reference came without its extra arguments: use flock_ray.runtime.payload.unpack")
 
 

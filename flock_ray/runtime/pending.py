@@ -77,7 +77,7 @@ def _remote_exception(opened: Opened, name: Name) -> BaseException:
     answer, body, extra = opened
     try:
         error = payload.unpack(body, extra)
-    except Exception:  # noqa: BLE001  # whatever its class does when it is unpickled
+    except Exception:  # whatever its class does when it is unpickled
         error = None
     if not isinstance(error, BaseException):
         return errors.RemoteError(answer.text, name)
@@ -93,19 +93,26 @@ def named_error(error: str, text: str, name: Name, detail: str = "") -> BaseExce
             text = f"{text}:\n{detail}"
         made: BaseException = kind(text, name)
     else:
-        kind = getattr(builtins, error, None)
-        known = isinstance(kind, type) and issubclass(kind, Exception)
-        made = kind(text) if known else errors.RemoteError(f"{error}: {text}", name)
+        built_in = getattr(builtins, error, None)
+        if isinstance(built_in, type) and issubclass(built_in, Exception):
+            made = built_in(text)
+        else:
+            made = errors.RemoteError(f"{error}: {text}", name)
     if detail:
         made.__cause__ = errors.RemoteError(detail, name)
     return made
+
+
+def _set(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)
 
 
 class Pending(Future[Any]):
     """One message: the sender's future.
 
     Its own attributes are guarded by its lane's lock. `reply` is there once it has been sent; `order` is its place there; `fate` is what
-    happened to it there, if that is not an answer: `"moved"`, or the `Down` of its link.
+    happened to it there, if that is not an answer: `"moved"`, or the `Down` of its link. Once it has `begun`, its lane has forgotten it.
     """
 
     def __init__(
@@ -121,9 +128,10 @@ class Pending(Future[Any]):
         cast: bool = False,
         retry: bool = False,
         deadline: float = FOREVER,
-        timeout: float | None | Default = None,
+        timeout: float | Default | None = None,
         detached: bool = False,
     ) -> None:
+        self._who_waits: list[Any] = []
         super().__init__()
         self.lane = lane
         self.id = lane.next_id()
@@ -138,6 +146,7 @@ class Pending(Future[Any]):
         self.deadline = deadline
         self.timeout = timeout
         self.detached = detached
+        self.begun = False
         self.reply: Reply | None = None
         self.order = -1
         self.fate: str | Down | None = None
@@ -177,7 +186,7 @@ class Pending(Future[Any]):
             self.value()
         except CancelledError:
             raise
-        except BaseException as error:  # noqa: BLE001  # it is the answer
+        except BaseException as error:  # it is the answer
             return error
         return None
 
@@ -239,14 +248,13 @@ class Pending(Future[Any]):
             return
         self._armed = True
         if self.reply is not None:
-            self.watch()
+            self.watch(self.reply)
         if self.deadline != FOREVER:
             self.lane.client.courier.post(self.set_timer)
 
-    def watch(self) -> None:
+    def watch(self, reply: Reply) -> None:
         """Has the courier settle it when the reply is there."""
-        reply, post = self.reply, self.lane.client.courier.post
-        assert reply is not None
+        post = self.lane.client.courier.post
         reply.on_done(lambda: post(self.lane.take, self, reply))
 
     def value(self) -> Any:
@@ -255,7 +263,7 @@ class Pending(Future[Any]):
             opened = super().result(0)
             try:
                 self._value = (value_of(opened, self.lane.name, self.method), None)
-            except BaseException as error:  # noqa: BLE001  # it is the answer
+            except BaseException as error:  # it is the answer
                 self._value = (None, error)
         result, error_or_none = self._value
         if error_or_none is not None:
@@ -269,7 +277,7 @@ class Pending(Future[Any]):
 
         def wake(_: object) -> None:
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-                loop.call_soon_threadsafe(lambda: woken.done() or woken.set_result(None))
+                loop.call_soon_threadsafe(_set, woken)
 
         super().add_done_callback(wake)
         self.arm()

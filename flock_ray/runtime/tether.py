@@ -88,7 +88,7 @@ class Watched:
         if self._process is None:
             return False
         with suppress(psutil.Error):
-            return self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE
+            return bool(self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE)
         return False
 
     def close(self) -> None:
@@ -144,7 +144,9 @@ class Tether:
         return self._look()
 
     def adopt(self, pid: int) -> None:
-        """A nest's new life has this host now."""
+        """A nest's new life has this host now; past the deadline that is too late, for a peer may have hatched the bird."""
+        if not self._look():
+            return
         nest = Watched(pid)
         with self._lock:
             old, self._nest = self._nest, nest

@@ -36,7 +36,7 @@ class Flyground:
     """A Ray cluster, and the flock on it."""
 
     def __init__(self, nodes: int, **node_args: Any) -> None:
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **node_args})
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, **node_args})
         self.workers = [self.add(**node_args) for _ in range(nodes - 1)]
         ray.init(self.cluster.address, namespace="test", log_to_driver=False)
 

@@ -38,7 +38,8 @@ def test_errors_that_mean_what_a_built_in_one_means_are_of_its_kind() -> None:
 
 @pytest.mark.parametrize("kind", ALL)
 def test_every_error_says_when_it_occurs(kind: type[FlockError]) -> None:
-    assert kind.__doc__ and kind.__doc__ != FlockError.__doc__ or kind is FlockError
+    assert kind.__doc__
+    assert kind is FlockError or kind.__doc__ != FlockError.__doc__
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -156,8 +156,9 @@ def test_code_is_kept_while_a_losing_dot_uses_it() -> None:
 
 @pytest.mark.parametrize("order", [("tweety", "robin"), ("robin", "tweety")])
 def test_code_stays_when_one_delta_removes_its_last_user_and_adds_another(order: tuple[str, str]) -> None:
-    """Found here: the code was dropped at the removal, before the add of the same delta was counted, and its sender, who had sent it
-    before, would not send it again."""
+    """Found here: the code was dropped at the removal, before the add of the same delta was counted, and its sender, who had
+    sent it before, would not send it again.
+    """
     there, here = Replica(), Replica()
     here.join(there.update_of([there.add("tweety", Dot(A, 1), spec(1), b"class")]))
     changes = {"robin": there.add("robin", Dot(A, 2), spec(2), None), "tweety": there.remove("tweety", [Dot(A, 1)])}
@@ -252,7 +253,7 @@ def test_a_removal_is_told_by_its_dots_alone() -> None:
 
 
 def test_what_messages_bring_shares_its_common_parts() -> None:
-    """Each message has copies of its own of class, options and lives: 2.5 KB a name at a million names, 1.0 KB when they are shared."""
+    """Each message has copies of its own of class, options and lives: 2.5 KB a name at a million names, 1.0 KB when shared."""
     there, here = Replica(), Replica()
     for number, name in enumerate(NAMES, 1):
         added = there.add(name, Dot(A, number), replace(spec(number), runtime_env='{"pip": []}'), None)
@@ -364,7 +365,7 @@ def test_the_version_grows_when_what_is_placed_changes_and_only_then() -> None:
 
 
 def test_the_version_grows_when_a_dot_without_demands_makes_another_the_winner() -> None:
-    """Found here: the table of placed names stayed as it was, so nests that had joined in another order disagreed on the owner."""
+    """Found here: the table of placed names stayed as it was, so nests that joined in another order disagreed on the owner."""
     replica = Replica()
     replica.add("tweety", Dot(A, 1), spec(5, options=PLACED), None)
     version = replica.version

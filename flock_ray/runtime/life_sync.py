@@ -1,0 +1,111 @@
+"""The life of a bird without `async def` methods: whatever runs has a turn (`mailbox.Turns`): `__init__`, calls, timers, the end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from flock_ray.core.wire import Call, HatchOrder
+from flock_ray.runtime.inside import Inside, current
+from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, is_async, log
+from flock_ray.runtime.mailbox import ThreadOrder, Turns
+from flock_ray.runtime.payload import unpack
+from flock_ray.runtime.timers import Entry
+
+
+class SyncLife(HostedLife):
+    """A bird without `async def`: `max_concurrency` methods at a time (1), each in a thread of the host."""
+
+    def __init__(self, order: HatchOrder, host: Surroundings) -> None:
+        super().__init__(order, host)
+        slots = order.spec.options.max_concurrency
+        self._turns = Turns(slots)
+        self._order = ThreadOrder() if slots > 1 else None  # with one thread Ray keeps the order
+        self._pool: ThreadPoolExecutor | None = None
+        self._turns.enter()  # __init__'s turn
+
+    def hatch(self) -> None:
+        """Runs `__init__` and `take_over`."""
+        try:
+            with self._inside():
+                self._make()
+                if is_async(self._cls):
+                    raise TypeError(f"{self._cls.__qualname__} has `async def` methods: it must be hatched in an AsyncHostActor")
+                take_over = self._state_to_take()
+                if take_over is not None:
+                    take_over()
+        except BaseException as error:  # also SystemExit: the bird's end is not the host's
+            self._hatch_failed(error)
+        else:
+            self._hatched()
+        finally:
+            self._turns.leave()
+
+    def call(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
+        """Runs a method when it is its turn, and answers."""
+        if self.state is not State.RUNNING:
+            return MOVED
+        if self._order is not None:
+            self._order.wait(head.caller, head.order)
+        self._turns.enter()
+        try:
+            return self._turned_away(head) or self._run(head, body, extra)
+        finally:
+            self._turns.leave()
+
+    def _run(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
+        arguments = self._arguments(head, body, extra)
+        if isinstance(arguments, bytes):
+            return arguments
+        args, kwargs = arguments
+        token = current.set(Inside(self, (*head.chain, self._link)))
+        try:
+            result = getattr(self.bird, head.method)(*args, **kwargs)
+        except BaseException as error:  # answered, or the life's end
+            return self._raised(head, error)
+        finally:
+            current.reset(token)
+        return self._result(head, result)
+
+    def _due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
+        if self._pool is None:  # only the scheduler's thread comes here
+            self._pool = ThreadPoolExecutor(self._turns.slots, "flock_ray timer")  # never more turns than that are granted
+        pool = self._pool
+        self._turns.enter_later(lambda: pool.submit(self._run_due, entry, method, body, extra))
+
+    def _run_due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
+        try:
+            if self._timer_turned_away(entry):
+                return
+            with self._inside():
+                args, kwargs = unpack(body, extra)
+                getattr(self.bird, method)(*args, **kwargs)
+        except BaseException as error:  # logged, or the life's end
+            self._timer_failed(method, error)
+        finally:
+            self._turns.leave()
+
+    def _begin_end(self, reason: str) -> None:
+        threading.Thread(target=self._run_end, args=(reason,), name="flock_ray end", daemon=True).start()
+
+    def _run_end(self, reason: str) -> None:
+        self._turns.enter_all()
+        if self.state is not State.ENDING:
+            return  # its last method, or __init__, crashed
+        with self._inside():
+            self._try_hook("on_stop", reason)
+            handed = self._try_hook("hand_over") if self._keeps else None
+        self._ended(handed)
+        self._turns.leave_all()
+
+    def _try_hook(self, name: str, *args: object) -> tuple[object] | None:
+        hook = self._hook(name)
+        if hook is None:
+            return None
+        try:
+            return (hook(*args),)
+        except BaseException:
+            log.exception("bird %r: %s raised", self.name, name)
+            return None
