@@ -59,7 +59,7 @@ class Client:
         try:
             return message.result()
         except BaseException:
-            if not message.is_done():
+            if not message.finished:
                 message.cancel()  # an interrupt
             raise
 

@@ -25,7 +25,7 @@ from flock_ray.core import wire
 from flock_ray.runtime import cluster
 from flock_ray.runtime.cluster import FlockLife
 from flock_ray.runtime.host import HostBoot
-from flock_ray.specs import Dot, Name, Spec
+from flock_ray.specs import Dot, Life, Name, Spec
 
 InThread = Callable[..., Awaitable[Any]]
 FAREWELL = 15.0  # seconds within which a host that keeps nothing ends by itself, or is killed
@@ -73,6 +73,7 @@ class Hosts:
         self._expected: set[str] = set()
         self._reported = asyncio.Event()
         self.adopting = True
+        self.life: Life | None = None  # of the nest, once it has one
 
     # Orders
 
@@ -94,6 +95,7 @@ class Hosts:
             job_id=str(brought.get("job", "")),
             sys_path=tuple(brought.get("path", ())),
             nest_pid=os.getpid(),
+            nest=self.life,
         )
         order = wire.HatchOrder(
             self._record.flock, effect.name, effect.dot, effect.born, effect.spec, effect.code,

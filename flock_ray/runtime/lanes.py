@@ -105,9 +105,9 @@ class Lane:
                     self.client.courier.post(self._nudge.set)
                 return
             self._check_cycle(message)
-            reply = self._send(message, way)
+            self._send(message, way)
             if watched and not self._watching:
-                self._watch(message, reply)
+                self._watch()
 
     def _open_way(self) -> Way | None:
         """The way, if a message can be risked on it without a look."""
@@ -203,10 +203,10 @@ class Lane:
         for place in tuple(itertools.takewhile(lambda place: place < order, self._sent)):
             self._sent.pop(place).begun = True
 
-    def _watch(self, message: Pending, reply: Reply) -> None:
+    def _watch(self) -> None:
         # One watched reply a lane, the newest: it tells of all before it. Watching each would cost a fifth of the rate (measured).
         self._watching = True
-        reply.on_done(lambda: self.client.courier.post(self._sweep, message, reply))
+        self.client.courier.post_later(self._watch_newest)
 
     def _close(self) -> None:
         if not self._closed:
@@ -215,15 +215,21 @@ class Lane:
 
     # On the courier
 
+    def _watch_newest(self) -> None:
+        with self._lock:
+            newest = next(reversed(self._sent.values()), None)
+            self._watching = newest is not None
+        if newest is not None and newest.reply is not None:
+            reply = newest.reply
+            reply.on_done(lambda: self.client.courier.post(self._sweep, newest, reply))
+
     def _sweep(self, message: Pending, reply: Reply) -> None:
         """The watched reply is there: settles it, and watches on."""
-        with self._lock:
-            self._watching = False
         self.take(message, reply)
         with self._lock:
-            newest = next((one for one in reversed(self._sent.values()) if one.fate is None), None)
-            if newest is not None and newest.reply is not None and not self._watching:
-                self._watch(newest, newest.reply)
+            self._watching = bool(self._sent)
+            if self._watching:
+                self._watch()
 
     async def _recover(self) -> None:
         """Opens the lane again."""
@@ -369,7 +375,7 @@ class Lane:
             self.client.give_time(message)
         self._fail_expired(None)
         with self._lock:
-            self._queue = deque(message for message in self._queue if not message.is_done())
+            self._queue = deque(message for message in self._queue if not message.finished)
             return bool(self._queue)
 
     def _fail_expired(self, refused: ev.Refused | None) -> None:
@@ -408,7 +414,7 @@ class Lane:
                 return False
             while self._queue and way is not None:
                 message = self._queue.popleft()
-                if message.is_done():
+                if message.finished:
                     continue
                 try:
                     self._check_cycle(message)
@@ -419,7 +425,7 @@ class Lane:
                 if not message.cast:
                     message.watch(reply)
                 elif not self._watching:
-                    self._watch(message, reply)
+                    self._watch()
             self._closed = False
         for message, reason in failed:
             message.fail(reason)

@@ -95,7 +95,7 @@ class Nest:
         adopted, exits, crashes = await self._hosts.adopt(self._config.nest_grace * 0.6)
         known = [a.record.life.number for a in adopted if a.record is not None]
         number = max([time.time_ns() // 1_000_000, *[n + 1 for n in known]])
-        life = Life(self._node, number)
+        self._hosts.life = life = Life(self._node, number)
         node = self._nodes.get(self._node)
         ip = node.ip if node is not None else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
         self._members = Members(life, self._record.life, self._record.secret, ip, self._config, self._handle)

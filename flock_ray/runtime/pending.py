@@ -131,6 +131,7 @@ class Pending(Future[Any]):
         timeout: float | Default | None = None,
         detached: bool = False,
     ) -> None:
+        self.finished = False  # what `done` says, without taking a lock
         self._who_waits: list[Any] = []
         super().__init__()
         self.lane = lane
@@ -180,7 +181,7 @@ class Pending(Future[Any]):
         try:
             self._wait(timeout)
         except TimeoutError:
-            if not self.is_done():
+            if not self.finished:
                 raise
         try:
             self.value()
@@ -194,15 +195,16 @@ class Pending(Future[Any]):
         """Takes the message back if its method has not begun; a running `async def` method is cancelled."""
         if not super().cancel():
             return False
+        self.finished = True
         self.set_running_or_notify_cancel()
         self.lane.abandon(self)
         return True
 
     def done(self) -> bool:
         """Is there a result?"""
-        if not self.is_done():
+        if not self.finished:
             self.arm()
-        return self.is_done()
+        return self.finished
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         """Has `fn(self)` called, in some thread, once there is a result."""
@@ -212,7 +214,7 @@ class Pending(Future[Any]):
     @property
     def _waiters(self) -> list[Any]:
         # concurrent.futures.wait and as_completed wait by adding to this list of the base class, and by nothing else
-        if not self.is_done():
+        if not self.finished:
             self.arm()
         return self._who_waits
 
@@ -222,20 +224,23 @@ class Pending(Future[Any]):
 
     # What the lane and the courier call
 
-    def is_done(self) -> bool:
-        return super().done()
-
     def answered(self, opened: Opened) -> None:
-        with contextlib.suppress(InvalidStateError):  # cancelled or timed out just now
+        try:
             self.set_result(opened)
+        except InvalidStateError:  # cancelled or timed out just now
+            return
+        self.finished = True
 
     def fail(self, error: BaseException) -> None:
-        with contextlib.suppress(InvalidStateError):
+        try:
             self.set_exception(error)
+        except InvalidStateError:
+            return
+        self.finished = True
 
     def expire(self) -> None:
         """Its time is over."""
-        if self.is_done():
+        if self.finished:
             return
         self.lane.abandon(self)
         name, sent = self.lane.name, self.reply is not None
@@ -290,16 +295,16 @@ class Pending(Future[Any]):
 
     def set_timer(self) -> None:
         """Has it expire at its deadline, for those who do not wait themselves. On the courier."""
-        if not self.is_done() and self._timer is None:
+        if not self.finished and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(max(0.0, self.deadline - time.monotonic()) + SLACK, self.expire)
             super().add_done_callback(lambda _: self.lane.client.courier.post(self._timer.cancel) if self._timer else None)
 
     def _wait(self, timeout: float | None) -> None:
         until = self.deadline if timeout is None else min(self.deadline, time.monotonic() + timeout)
         reply = self.reply
-        if self.detached and not self.is_done():
+        if self.detached and not self.finished:
             self.lane.client.check_waiting(self)
-        if reply is not None and self.fate is None and not self._armed and not self.is_done():
+        if reply is not None and self.fate is None and not self._armed and not self.finished:
             try:
                 self.lane.settle(self, reply, open_raw(reply.get(None if until == FOREVER else max(0.0, until - time.monotonic()))))
             except Down as down:
@@ -310,7 +315,7 @@ class Pending(Future[Any]):
                 self.expire()
             except Exception as error:  # an argument's task failed
                 self.lane.settle(self, reply, error)
-        if not self.is_done():
+        if not self.finished:
             self._wait_for_courier(until)
 
     def _wait_for_courier(self, until: float) -> None:

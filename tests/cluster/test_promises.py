@@ -69,9 +69,12 @@ def test_four_crashes_within_seconds_harm_no_other_bird_of_the_node(flyground, f
     """In Flock all 20 birds of the node were gone for ever (RAY_FACTS)."""
     name = flock_of_ten[1]
     pids = {n: flock_ray.call(n, "pid") for n in flock_of_ten}
+    ask = flock_ray.bird(name).pid.options(retry=True)  # a call to one that is just being killed may fail otherwise
+    pid = pids[name]
     for _ in range(4):
-        os.kill(flock_ray.call(name, "pid"), signal.SIGKILL)
-        eventually(lambda: flock_ray.info(name).state == "running" and flock_ray.call(name, "pid") not in pids.values(), "it runs again")
+        os.kill(pid, signal.SIGKILL)
+        pid = eventually(lambda killed=pid: (now := ask()) != killed and now, "it runs again")
+    assert flock_ray.info(name).restarts == 4
     assert {n: flock_ray.call(n, "pid") for n in flock_of_ten if n != name} == {n: p for n, p in pids.items() if n != name}
 
 
