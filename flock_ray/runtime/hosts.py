@@ -163,13 +163,20 @@ class Hosts:
         """Ends every life in good order, and every process within the timeout (seconds)."""
         for process in list(self._processes.values()):
             self._order(process, wire.EndOrder(process.dot, process.born, reason, False, timeout))
-        end = asyncio.get_running_loop().time() + timeout
-        while any(not process.over for process in self._processes.values()) and asyncio.get_running_loop().time() < end:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + timeout
+        while any(not process.over for process in self._processes.values()) and loop.time() < end:
+            await asyncio.sleep(0.02)
+        for process in list(self._processes.values()):
+            if process.over and process.handle is not None:
+                process.handle.__ray_terminate__.remote()  # in good order: Ray warns of processes that just die
+            else:
+                self._kill(process, reason)
+        end = loop.time() + FAREWELL / 5
+        while self._processes and loop.time() < end:
             await asyncio.sleep(0.02)
         for process in list(self._processes.values()):
             self._kill(process, reason)
-        while self._processes and asyncio.get_running_loop().time() < end + 5:
-            await asyncio.sleep(0.02)
 
     # What hosts say
 

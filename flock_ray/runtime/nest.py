@@ -185,7 +185,7 @@ class Nest:
 
     def _handle(self, event: ev.Event) -> None:
         registry = self._registry
-        if registry is None:
+        if registry is None or self._ending:  # a flock that ends hatches nothing any more
             return
         for effect in registry.handle(event, time.monotonic()):
             getattr(self, f"_do_{type(effect).__name__}")(effect)
