@@ -197,9 +197,7 @@ def measure_comparison(names: int, differences: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--largest", type=int, default=1_000_000, metavar="N", help="names in the largest set (default: %(default)s)"
-    )
+    parser.add_argument("--largest", type=int, default=1_000_000, metavar="N", help="names in the largest set (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help=f"rounds of {STARTS_A_ROUND} starts in each set")
     options = parser.parse_args()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 from flock_ray.bird import Bird, check_timeout
 from flock_ray.config import Config
@@ -16,6 +16,9 @@ from flock_ray.requests import Requests
 from flock_ray.runtime.client import DEFAULT, client_of, let_go
 from flock_ray.runtime.pending import Default
 from flock_ray.specs import BirdInfo, Name, NestInfo, check_name
+
+if TYPE_CHECKING:
+    from ray.actor import ActorClass
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -40,9 +43,9 @@ class AioFlock(Requests):
         await client.courier.run_async(client.asks.ensure(config))
 
     @overload
-    async def start(self, name: Name, cls: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Bird[T]: ...
+    async def start(self, name: Name, cls: ActorClass[T], /, *args: Any, **kwargs: Any) -> Bird[T]: ...
     @overload
-    async def start(self, name: Name, cls: Any, /, *args: Any, **kwargs: Any) -> Bird[Any]: ...
+    async def start(self, name: Name, cls: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Bird[T]: ...
     async def start(self, name: Name, cls: Any, /, *args: Any, **kwargs: Any) -> Bird[Any]:
         """As `Flock.start`."""
         return await self._start_with({}, name, cls, args, kwargs)
@@ -167,9 +170,9 @@ class AioStarter:
         self._given = given
 
     @overload
-    async def start(self, name: Name, cls: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Bird[T]: ...
+    async def start(self, name: Name, cls: ActorClass[T], /, *args: Any, **kwargs: Any) -> Bird[T]: ...
     @overload
-    async def start(self, name: Name, cls: Any, /, *args: Any, **kwargs: Any) -> Bird[Any]: ...
+    async def start(self, name: Name, cls: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Bird[T]: ...
     async def start(self, name: Name, cls: Any, /, *args: Any, **kwargs: Any) -> Bird[Any]:
         """As `flock_ray.start`, with these options."""
         return await self._flock._start_with(self._given, name, cls, args, kwargs)

@@ -4,7 +4,7 @@ A class says when its error occurs and what the caller can do. All of them deriv
 built-in exception means derive from that one too.
 """
 
-# ruff: noqa: N818  # they all are errors; their names say what happened
+# they all are errors; their names say what happened
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 from flock_ray.bird import Bird, check_timeout
 from flock_ray.config import Config
@@ -22,6 +22,9 @@ from flock_ray.runtime import inside
 from flock_ray.runtime.client import DEFAULT, client_of, let_go
 from flock_ray.runtime.pending import Default
 from flock_ray.specs import BirdInfo, Name, NestInfo, check_name
+
+if TYPE_CHECKING:
+    from ray.actor import ActorClass
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,9 +73,9 @@ class Flock(Requests):
         client.courier.run(client.asks.ensure(config))
 
     @overload
-    def start(self, name: Name, cls: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Bird[T]: ...
+    def start(self, name: Name, cls: ActorClass[T], /, *args: Any, **kwargs: Any) -> Bird[T]: ...
     @overload
-    def start(self, name: Name, cls: Any, /, *args: Any, **kwargs: Any) -> Bird[Any]: ...
+    def start(self, name: Name, cls: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Bird[T]: ...
     def start(self, name: Name, cls: Any, /, *args: Any, **kwargs: Any) -> Bird[Any]:
         """Starts a bird: returns when the local nest has accepted it, which then hatches where the flock decides.
 
@@ -304,9 +307,9 @@ class Starter:
         self._given = given
 
     @overload
-    def start(self, name: Name, cls: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Bird[T]: ...
+    def start(self, name: Name, cls: ActorClass[T], /, *args: Any, **kwargs: Any) -> Bird[T]: ...
     @overload
-    def start(self, name: Name, cls: Any, /, *args: Any, **kwargs: Any) -> Bird[Any]: ...
+    def start(self, name: Name, cls: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Bird[T]: ...
     def start(self, name: Name, cls: Any, /, *args: Any, **kwargs: Any) -> Bird[Any]:
         """As `flock_ray.start`, with these options."""
         return self._flock._start_with(self._given, name, cls, args, kwargs)

@@ -165,9 +165,9 @@ class Membership:
         """The view that should be."""
         target = {self.me}
         for peer in self.peers.values():
-            if peer.synced and peer.condition in (Condition.ALIVE, Condition.DYING):
-                target.add(peer.life)
-            elif peer.condition is Condition.SUPERSEDED and peer.life in self.view and not self._successor_synced(peer):
+            if (peer.synced and peer.condition in (Condition.ALIVE, Condition.DYING)) or (
+                peer.condition is Condition.SUPERSEDED and peer.life in self.view and not self._successor_synced(peer)
+            ):
                 target.add(peer.life)
         return frozenset(target)
 

@@ -231,7 +231,9 @@ class Registry:
             return
         asker, placement = envelope.sender, self.membership.placement
         if asker not in self.membership.view:
-            self.reply(envelope, ev.BarrierAnswer(ask.number, (), frozenset(), frozenset(), ()))  # says by its envelope that nothing is good
+            self.reply(
+                envelope, ev.BarrierAnswer(ask.number, (), frozenset(), frozenset(), ())
+            )  # says by its envelope that nothing is good
             return
         self._placement_changed()
         table, ring = placement.table(), placement.ring

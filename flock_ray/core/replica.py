@@ -57,10 +57,7 @@ def _common(value: T) -> T:
 
 
 def _shared(entries: Mapping[Name, Pairs[Record]]) -> dict[Name, Pairs[Record]]:
-    return {
-        name: tuple((Dot(_common(dot.life), dot.counter), record.shared()) for dot, record in pairs)
-        for name, pairs in entries.items()
-    }
+    return {name: tuple((Dot(_common(dot.life), dot.counter), record.shared()) for dot, record in pairs) for name, pairs in entries.items()}
 
 
 RecordChange = Change[Name, Record]

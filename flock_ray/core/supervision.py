@@ -69,9 +69,7 @@ class Supervision:
         spec, source = life.spec, life.source
         state, has_state = (source.state, True) if source is not None else (None, False)
         code = self._nest.replica.code[spec.code]
-        self._nest.effect(
-            ev.Hatch(life.name, life.dot, life.born, spec, code, life.restarts, life.crashes, state, has_state)
-        )
+        self._nest.effect(ev.Hatch(life.name, life.dot, life.born, spec, code, life.restarts, life.crashes, state, has_state))
         if spec.options.start_timeout is not None:
             self._schedule(life, self._nest.now + spec.options.start_timeout)
 
@@ -108,7 +106,9 @@ class Supervision:
                 self.end(life, "stopped", keep=False)
             return True
         if self._nest.owns(name) and record.status is not None and record.status.state == "failed":
-            cleared = Status(record.status.incarnation + 1, self._nest.me, self.next_sequence(), "restarting", restarts=record.status.restarts)
+            cleared = Status(
+                record.status.incarnation + 1, self._nest.me, self.next_sequence(), "restarting", restarts=record.status.restarts
+            )
             self._nest.changed(self._nest.replica.set_status(name, dot, cleared))
             return True
         return False
@@ -247,12 +247,9 @@ class Supervision:
         return self._timers[0][0] if self._timers else float("inf")
 
     def write(self, life: BirdLife, state: str) -> None:
-        status = Status(
-            life.incarnation, self._nest.me, self.next_sequence(), state, life.host, life.restarts, life.crashes, life.error
-        )
+        status = Status(life.incarnation, self._nest.me, self.next_sequence(), state, life.host, life.restarts, life.crashes, life.error)
         self._nest.changed(self._nest.replica.set_status(life.name, life.dot, status))
 
     def next_sequence(self) -> int:
         self._sequence += 1
         return self._sequence
-

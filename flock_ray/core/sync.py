@@ -100,5 +100,3 @@ class Sync:
 
     def wake_at(self) -> float:
         return min((session.ask_again_at for session in self.sessions.values()), default=float("inf"))
-
-

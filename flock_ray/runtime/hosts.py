@@ -104,9 +104,7 @@ class Hosts:
         try:
             packed = pickle.dumps(boot)
             options, env = effect.spec.options, brought.get("env")
-            process.handle = await self._in_thread(
-                cluster.start_host, process.host, packed, self._nest, self._node, options, is_async, env
-            )
+            process.handle = await self._in_thread(cluster.start_host, process.host, packed, self._nest, self._node, options, is_async, env)
             if process.killed_for:
                 await self._in_thread(ray.kill, process.handle)
             await process.handle.hatch.remote(pickle.dumps(order))

@@ -155,9 +155,7 @@ def _here(what: str) -> Inside:
     return inside
 
 
-def _send(
-    what: str, seconds: float, every: bool, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Timer:
+def _send(what: str, seconds: float, every: bool, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Timer:
     life = _here(what).life
     if not (seconds > 0 if every else seconds >= 0) or seconds == float("inf"):
         raise ValueError(f"{what}: seconds must be finite and {'more than' if every else 'at least'} 0, not {seconds!r}")

@@ -32,7 +32,7 @@ class Raw(NamedTuple):
     extra: Sequence[Any] = ()
 
 
-class Down(Exception):  # noqa: N818  # it says what is so, and never reaches a user
+class Down(Exception):  # it says what is so, and never reaches a user
     """The receiver has gone away. `ran` is False if the message certainly did not run."""
 
     def __init__(self, text: str, ran: bool) -> None:
@@ -40,7 +40,7 @@ class Down(Exception):  # noqa: N818  # it says what is so, and never reaches a 
         self.ran = ran
 
 
-class NoAnswer(Exception):  # noqa: N818  # as above
+class NoAnswer(Exception):  # as above
     """There is no answer yet."""
 
 

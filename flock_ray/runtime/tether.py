@@ -213,9 +213,7 @@ class Reporter:
         welcomed: called with the nest's life then.
     """
 
-    def __init__(
-        self, link: NestLink, report: Callable[[], HostReport | None], tether: Tether, welcomed: Callable[[Life], object]
-    ) -> None:
+    def __init__(self, link: NestLink, report: Callable[[], HostReport | None], tether: Tether, welcomed: Callable[[Life], object]) -> None:
         self._link = link
         self._report = report
         self._tether = tether

@@ -591,12 +591,17 @@ class World:
                 return f"the view of {nest.me} is {sorted(nest.membership.view)}"
             if dict(nest.replica.birds.items()) != dict(first.replica.birds.items()):
                 mine, theirs = dict(nest.replica.birds.items()), dict(first.replica.birds.items())
-                return f"replicas of {nest.me} and {first.me} differ: {[n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n)]}"
+                unequal = [n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n)]
+                return f"replicas of {nest.me} and {first.me} differ: {unequal}"
             if nest.replica.birds.context != first.replica.birds.context:
                 return f"contexts of {nest.me} and {first.me} differ"
             if any(len(c) for c in nest.replica.birds.context.cloud.values() if not c) or nest.replica.code != first.replica.code:
                 return f"code or cloud of {nest.me}: {nest.replica.birds.context.cloud}"
-            if any(first.membership.placement.owner(name) is not None for name in self.names if nest.holds.of(name) and not nest.holds.lives_of(name)):
+            if any(
+                first.membership.placement.owner(name) is not None
+                for name in self.names
+                if nest.holds.of(name) and not nest.holds.lives_of(name)
+            ):
                 return f"{nest.me} keeps records {nest.holds.records}"
         for name in self.names:
             runs = [(n.id, h.dot, h.incarnation) for n in self.nodes for h in n.hosts.values() if h.name == name and h.alive]

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Generic, TypeVar, assert_type
 
+import ray
+
 import flock_ray
 from flock_ray import Bird, BirdInfo, Flock, Method, NestInfo, Timer
 
@@ -39,6 +41,9 @@ class Louder(Counter):
     pass
 
 
+Remote = ray.remote(Counter)
+
+
 class Box(Generic[T]):
     def __init__(self, content: T) -> None:
         self.content = content
@@ -60,12 +65,13 @@ def starting() -> None:
     assert_type(flock_ray.start(b"a", Counter, start=10), Bird[Counter])
     assert_type(flock_ray.start("a", Box[str], "x"), Bird[Box[str]])
     assert_type(flock_ray.start("a", Decorated), Bird[Decorated])
+    assert_type(flock_ray.start("a", Remote, 10), Bird[Counter])
     assert_type(flock_ray.options(num_cpus=1).start("a", Counter, 10), Bird[Counter])
     assert_type(Flock("x").start("a", Counter, 10), Bird[Counter])
     assert_type(Flock("x").options(if_exists="ok").start("a", Counter), Bird[Counter])
-    flock_ray.start(1.5, Counter)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
-    flock_ray.start("a", Counter, "ten")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType, reportCallIssue]
-    flock_ray.start("a", Counter, strat=10)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    flock_ray.start(1.5, Counter)  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    flock_ray.start("a", Counter, "ten")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
+    flock_ray.start("a", Counter, strat=10)  # type: ignore[call-overload]  # pyright: ignore[reportCallIssue]
 
 
 def calling(bird: Bird[Counter], louder: Bird[Louder], box: Bird[Box[str]]) -> None:
@@ -87,6 +93,10 @@ def calling(bird: Bird[Counter], louder: Bird[Louder], box: Bird[Box[str]]) -> N
     flock_ray.cast(bird, Counter.add, "five")  # type: ignore[call-overload]  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
+def covariant(bird: Bird[object]) -> None:
+    assert_type(bird, Bird[object])
+
+
 def handles(bird: Bird[Counter]) -> None:
     assert_type(bird.name, Any)
     assert_type(bird.add, Method)
@@ -94,8 +104,7 @@ def handles(bird: Bird[Counter]) -> None:
     assert_type(bird.add.cast(5), None)
     assert_type(bird.add.future(5), Future[Any])
     assert_type(bird.add.options(timeout=60, retry=True), Method)
-    base: Bird[object] = bird
-    assert_type(base, Bird[object])
+    covariant(bird)
 
 
 def looking() -> None:

@@ -168,9 +168,7 @@ def test_join_is_idempotent(history: list[Step]) -> None:
 
 @given(steps, st.randoms(use_true_random=False))
 @laws
-def test_deltas_lost_doubled_and_in_any_order_then_a_full_sync_equal_the_full_join(
-    history: list[Step], rng: random.Random
-) -> None:
+def test_deltas_lost_doubled_and_in_any_order_then_a_full_sync_equal_the_full_join(history: list[Step], rng: random.Random) -> None:
     replicas, deltas = played(history)
     late = new_set()
     noise = [delta for delta in deltas for _ in range(rng.choice([0, 1, 1, 2]))]
@@ -644,9 +642,7 @@ class Flock(RuleBasedStateMachine):
         self.network: list[tuple[int, Message]] = []
         self.parts: list[tuple[int, Part[str, int], Model]] = []
 
-    def tell(
-        self, sender: int, changes: list[Change[str, int]], adds: dict[Dot, str], removed: set[Dot], values: dict[Dot, int]
-    ) -> None:
+    def tell(self, sender: int, changes: list[Change[str, int]], adds: dict[Dot, str], removed: set[Dot], values: dict[Dot, int]) -> None:
         message = Message(self.sets[sender].delta_of(changes), adds, removed, values)
         self.network += [(receiver, message) for receiver in range(3) if receiver != sender]
 
@@ -802,9 +798,7 @@ class Flock(RuleBasedStateMachine):
             synchronise(self.sets[asker], self.sets[answerer])
         for replica in self.sets:
             assert {key: dict(pairs) for key, pairs in replica.items()} == everything.entries()
-            assert dict(replica.items()) == dict(self.sets[0].items()), (
-                "equal replicas list the dots of a key in the same order"
-            )
+            assert dict(replica.items()) == dict(self.sets[0].items()), "equal replicas list the dots of a key in the same order"
 
 
 TestThreeReplicasAgreeWithTheModel = Flock.TestCase

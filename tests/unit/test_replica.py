@@ -276,9 +276,7 @@ def test_what_messages_bring_shares_its_common_parts() -> None:
 
 
 def test_sharing_changes_no_value() -> None:
-    record = Record(
-        replace(spec(3, options=Options(num_cpus=2)), runtime_env="{}"), replace(status(), host="h", error="e", reason="r")
-    )
+    record = Record(replace(spec(3, options=Options(num_cpus=2)), runtime_env="{}"), replace(status(), host="h", error="e", reason="r"))
     assert record.shared() == record
     assert Record(spec(3)).shared() == Record(spec(3))
 

@@ -181,9 +181,7 @@ def test_when_the_owner_leaves_the_next_preference_owns() -> None:
 # Placement by what nodes offer
 
 
-def replica_with(
-    birds: Iterable[tuple[Name, int, Options]], records: Iterable[NodeRecord], order: random.Random | None = None
-) -> Replica:
+def replica_with(birds: Iterable[tuple[Name, int, Options]], records: Iterable[NodeRecord], order: random.Random | None = None) -> Replica:
     """A replica with birds of (name, stamp, options); its dots do not depend on the order in which they come."""
     replica = Replica()
     entries = [(name, Dot(Life("starter", 1), number), wall, options) for number, (name, wall, options) in enumerate(birds, 1)]
@@ -315,9 +313,7 @@ def test_all_labels_of_a_selector_have_to_match() -> None:
 
 
 def test_a_node_without_cpus_takes_what_only_it_offers() -> None:
-    placement = placement_of(
-        replica_with([("tweety", 1, Options(resources=(("disk", 1.0),)))], [node("a"), node("head", 0, {"disk": 1})])
-    )
+    placement = placement_of(replica_with([("tweety", 1, Options(resources=(("disk", 1.0),)))], [node("a"), node("head", 0, {"disk": 1})]))
     assert owner_of(placement, "tweety") == "head"
 
 
@@ -400,8 +396,6 @@ def test_no_node_is_given_more_than_it_has(birds: list[tuple[Name, int, Options]
         for what, amount in winner[1].spec.options.demand:
             taken[owner, what] = taken.get((owner, what), 0) + amount
     offered = {
-        (record.life.node, what): amount
-        for record in records
-        for what, amount in {"CPU": record.cpus, **dict(record.resources)}.items()
+        (record.life.node, what): amount for record in records for what, amount in {"CPU": record.cpus, **dict(record.resources)}.items()
     }
     assert all(amount <= offered[key] + 1e-6 for key, amount in taken.items())

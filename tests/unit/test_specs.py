@@ -57,7 +57,7 @@ class Uuid(uuid.UUID):
 @pytest.mark.parametrize(
     "name",
     ["", "tweety", "\x00", "\ud800", 0, -1, 1 << 4000, b"", b"\xff", uuid.UUID(int=0), (), ("a",), ("a", (1, (b"", ())))],
-    ids=repr,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_names_of_the_five_types_are_allowed(name: Name) -> None:
     check_name(name)
@@ -88,12 +88,10 @@ def test_names_of_the_five_types_are_allowed(name: Name) -> None:
         (("a", ("b", (1, 2.5))), "float"),
         ((Text("a"),), "Text"),
     ],
-    ids=repr,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_anything_else_is_a_type_error_that_names_the_type(name: object, kind: str) -> None:
-    with pytest.raises(
-        TypeError, match=rf"^a bird's name must be a str, int, bytes, uuid\.UUID or a tuple of these, not {kind}: "
-    ):
+    with pytest.raises(TypeError, match=rf"^a bird's name must be a str, int, bytes, uuid\.UUID or a tuple of these, not {kind}: "):
         check_name(name)
 
 
@@ -153,7 +151,7 @@ def test_an_encoded_name_can_be_read_back(name: Name) -> None:
         (("room", 7), b"t5:sroom2:i7", 0x3245ED6C8441B72E),
         ((("a", "b"), "c"), b"t9:t2:sa2:sb2:sc", 0x3582C24008E2E968),
     ],
-    ids=repr,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_encodings_and_hashes_are_the_same_on_every_machine_and_version(name: Name, encoded: bytes, position: int) -> None:
     assert encode_name(name) == encoded
