@@ -353,6 +353,8 @@ class _CurrentFlock(Flock):
 
 
 class _CurrentAioFlock(AioFlock):
+    """The functions of `flock_ray` as coroutines, for any event loop."""
+
     def __init__(self) -> None:
         super().__init__()
 

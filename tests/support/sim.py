@@ -84,7 +84,7 @@ class Node:
     down_since: float = 0.0
     was_ready: bool = False
     dead_verdicts: set[Life] = field(default_factory=set)
-    probed_up: set[Life] = field(default_factory=set)
+    probed_down: set[Life] = field(default_factory=set)
     hears: dict[Life, str] = field(default_factory=dict)
     last_ok: dict[Life, float] = field(default_factory=dict)
     deaf_until: dict[Life, float] = field(default_factory=dict)
@@ -177,7 +177,7 @@ class World:
         me = Life(node.id, node.life)
         node.nest = self.registry(me, self.config, random.Random(self.rng.random()).random)
         self._note_removals(node.nest)
-        node.was_ready, node.dead_verdicts, node.probed_up = False, set(), set()
+        node.was_ready, node.dead_verdicts, node.probed_down = False, set(), set()
         node.hears, node.last_ok, node.deaf_until = {}, {}, {}
         adopted = [
             ev.Adopted(h.name, h.dot, h.spec, h.code, h.incarnation, h.born, f"h{h.born}", h.restarts, h.crashes, h.running, h.record)
@@ -227,7 +227,7 @@ class World:
                 if peer.life not in node.dead_verdicts:
                     node.dead_verdicts.add(peer.life)
                     other = self.node(peer.life)
-                    if other.alive and (other.nest is not None or peer.life not in node.probed_up):
+                    if other.alive and (other.nest is not None or peer.life in node.probed_down):
                         self.established.add(frozenset((node.index, other.index)))
             else:
                 node.dead_verdicts.discard(peer.life)
@@ -359,9 +359,9 @@ class World:
         pair = (node.index, other.index)
         up = other.alive and pair not in self.cuts and pair[::-1] not in self.cuts
         if up:
-            node.probed_up.add(effect.life)
+            node.probed_down.discard(effect.life)
         else:
-            node.probed_up.discard(effect.life)
+            node.probed_down.add(effect.life)
         life = nest.me
         delay = self.rng.uniform(0.001, 0.5)
         self.at(delay, lambda: self.handle(node, ev.NodeProbed(effect.life, up)) if node.nest and node.nest.me == life else None)

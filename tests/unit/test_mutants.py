@@ -1,0 +1,218 @@
+"""Deliberate bugs in the core, each of which the simulator has to catch: what checks nothing would pass them all.
+
+Most are a switch of the abstract model the rules were checked with: a rule read in its simplest way, or left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+
+import pytest
+
+from flock_ray.core import aworset, barrier, handover, holds, membership, registry, replica, supervision, sync
+from flock_ray.core import events as ev
+from flock_ray.core.membership import Condition
+from flock_ray.specs import Dot
+from tests.support.sim import MIXES, Violation, World
+
+SEEDS = 100  # at most, of each of the mutant's mixes; most die within ten
+
+
+def join_ignores_the_context(patch):
+    whole = aworset.AWORSet._join_key
+    patch.setattr(aworset.AWORSet, "_join_key", lambda self, key, theirs, context: whole(self, key, theirs, set()))
+
+
+def no_barrier(patch):
+    patch.setattr(barrier.Barrier, "permits", lambda self, name: True)
+
+
+def hatch_on_silence(patch):
+    def permits(self, name):
+        return all(report.has_record for report in self.reports.get(name, {}).values())
+
+    patch.setattr(barrier.Barrier, "permits", permits)
+
+
+def holds_are_not_reported(patch):
+    patch.setattr(holds.Holds, "of", lambda self, name: [])
+
+
+def records_are_no_holds(patch):
+    whole = holds.Holds.of
+    patch.setattr(holds.Holds, "of", lambda self, name: [hold for hold in whole(self, name) if hold.alive])
+
+
+def fetched_at_first_sight(patch):
+    def permits(self, name):
+        return all(self.cleared(life, name) for life in self.members())
+
+    patch.setattr(barrier.Barrier, "permits", permits)
+
+
+def a_verdict_voids_nothing(patch):
+    patch.setattr(barrier.Barrier, "void", lambda self, life: None)
+
+
+def answers_are_good_for_every_view(patch):
+    """The echo of the view's number is not looked at, nor whether an older answer overtook."""
+
+    def got(self, envelope, answer, fresh):
+        if envelope.accepts and envelope.sender in self.membership.view:
+            self.mark(self.barrier.take(envelope.sender, answer))
+            self.mark(self._waiting)
+
+    patch.setattr(registry.Registry, "_got_BarrierAnswer", got)
+    patch.setattr(barrier.Barrier, "void", lambda self, life: None)
+
+
+def dead_at_the_first_word(patch):
+    """A dead nest is taken for a dead node (M5)."""
+
+    def dying(self, life):
+        peer = self.peers.get(life)
+        if peer is not None and peer.condition is Condition.ALIVE:
+            self._dead(peer, 0.0)
+        return False
+
+    patch.setattr(membership.Membership, "dying", dying)
+
+
+def an_old_life_is_dropped_when_the_new_one_is_heard(patch):
+    patch.setattr(membership.Membership, "_successor_synced", lambda self, peer: True)
+
+
+def ready_without_the_others(patch):
+    def become(self, now):
+        self.ready = self.ready or self._alone_at is not None
+
+    patch.setattr(membership.Membership, "_become_ready", become)
+
+
+def admitted_unsynced(patch):
+    def target(self):
+        return frozenset({self.me, *self.living()})
+
+    patch.setattr(membership.Membership, "target", target)
+
+
+def dots_are_used_again(patch):
+    def add(self, name, spec, code, wall):
+        self._counter = self._counter % 2 + 1
+        dot = Dot(self.me, self._counter)
+        if dot in self.replica.birds.context:
+            self.replica.birds.context.forget(self.me)
+        self.changed(self.replica.add(name, dot, spec, code))
+        return dot
+
+    patch.setattr(registry.Registry, "add", add)
+
+
+def removals_are_forgotten_in_deltas(patch):
+    whole = aworset.AWORSet.delta_of
+
+    def delta_of(self, changes):
+        delta = whole(self, changes)
+        delta.context = {dot for pairs in delta.entries.values() for dot, _ in pairs}
+        return delta
+
+    patch.setattr(aworset.AWORSet, "delta_of", delta_of)
+    patch.setattr(aworset.AWORSet, "delta_against", lambda self, part: aworset.Delta())
+    patch.setattr(sync.Sync, "begin", lambda self, peer, exchange: None)
+
+
+def the_context_comes_with_part_of_the_buckets(patch):
+    whole = aworset.AWORSet.join_part
+
+    def join_part(self, part):
+        changes = whole(self, part)
+        self.context.merge(part.context)
+        return changes
+
+    patch.setattr(aworset.AWORSet, "join_part", join_part)
+
+
+def the_record_goes_when_it_is_fetched(patch):
+    whole = handover.Handover._answer_release
+
+    def answer(self, envelope, release):
+        whole(self, envelope, release)
+        if release.dot in self._nest.holds.records:
+            self.drop_record(release.name, release.dot)
+
+    patch.setattr(handover.Handover, "_answer_release", answer)
+
+
+def adopted_birds_are_forgotten(patch):
+    patch.setattr(registry.Registry, "_adopt", lambda self, adopted: None)
+
+
+def an_exit_removes_the_name(patch):
+    def left(self, life):
+        self._nest.holds.end(life)
+        self._nest.handover.answer_askers(life)
+
+    patch.setattr(supervision.Supervision, "_left", left)
+
+
+def a_crash_is_forgotten(patch):
+    patch.setattr(supervision.Supervision, "crashed", lambda self, event: None)
+
+
+def a_stop_ends_nothing(patch):
+    patch.setattr(registry.Registry, "_reap", lambda self, name: None)
+
+
+def a_kept_life_is_not_raised(patch):
+    patch.setattr(supervision.Supervision, "raise_incarnation", lambda self, life, record: None)
+
+
+def code_is_never_asked_for(patch):
+    patch.setattr(registry.Registry, "_ask_code", lambda self: None)
+    patch.setattr(replica.Replica, "take_code", lambda self, code: None)
+
+
+MUTANTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
+    (join_ignores_the_context, "all calls"),
+    (no_barrier, "moves all"),
+    (hatch_on_silence, "moves all"),
+    (holds_are_not_reported, "moves all"),
+    (records_are_no_holds, "moves all"),
+    (fetched_at_first_sight, "moves all"),
+    (a_verdict_voids_nothing, "flap split all moves"),
+    (answers_are_good_for_every_view, "flap split moves all churn"),
+    (dead_at_the_first_word, "nests all"),
+    (an_old_life_is_dropped_when_the_new_one_is_heard, "nests all"),
+    (ready_without_the_others, "all nests moves"),
+    (admitted_unsynced, "moves all split"),
+    (dots_are_used_again, "calls all"),
+    (removals_are_forgotten_in_deltas, "calls all"),
+    (the_context_comes_with_part_of_the_buckets, "all moves split"),
+    (the_record_goes_when_it_is_fetched, "moves all"),
+    (adopted_birds_are_forgotten, "nests"),
+    (an_exit_removes_the_name, "calls"),
+    (a_crash_is_forgotten, "calls"),
+    (a_stop_ends_nothing, "calls"),
+    (a_kept_life_is_not_raised, "flap split all"),
+    (code_is_never_asked_for, "calls"),
+]
+
+
+@pytest.mark.parametrize(("bug", "mixes"), MUTANTS, ids=[bug.__name__ for bug, _ in MUTANTS])
+def test_the_simulator_catches(bug, mixes, monkeypatch):
+    bug(monkeypatch)
+    for seed in count():
+        assert seed < SEEDS, f"{bug.__name__} lived through {SEEDS} schedules of each of {mixes}"
+        for mix in mixes.split():
+            try:
+                World(MIXES[mix], seed).play()
+            except (Violation, ValueError, KeyError, AttributeError):
+                return
+
+
+def test_events_of_the_core_are_all_handled():
+    """A handler that is missing would be found only when its message comes."""
+    for union, prefix in ((ev.Event, "_on_"), (ev.Body, "_got_")):
+        for kind in union.__args__:
+            assert kind is ev.Relay or hasattr(registry.Registry, prefix + kind.__name__)
