@@ -37,6 +37,7 @@ logger = logging.getLogger("flock_ray.nest")
 POLL = 1.0  # seconds between looks at Ray's node table, which costs it a millisecond
 PROBE = 0.5  # seconds until a raylet that does not answer counts as cut off
 SHARE_SETTLES = 1.0  # seconds: in a burst of changes the load is told once
+NOTICES = 1000  # the latest are kept, for people who ask
 SHUTDOWN = 10.0  # seconds that birds have to end when the flock is destroyed
 
 
@@ -65,7 +66,7 @@ class Nest:
         self._booted = asyncio.Event()
         self._ready = asyncio.Event()
         self._ending = False
-        self._notices: deque[Notice] = deque(maxlen=1000)
+        self._notices: deque[Notice] = deque(maxlen=NOTICES)
         self._share: tuple[int, int] | None = None
         self._share_timer: asyncio.TimerHandle | None = None
         self._memory_low = False
@@ -310,6 +311,8 @@ class Nest:
             answer = len(registry.replica)
         elif kind == "nests":
             answer = readings.nests(registry)
+        elif kind == "notices":
+            answer = list(self._notices)
         else:
             raise ValueError(f"{kind!r} is no question a nest answers")
         return pickle.dumps(answer)

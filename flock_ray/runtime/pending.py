@@ -202,9 +202,9 @@ class Pending(Future[Any]):
 
     def done(self) -> bool:
         """Is there a result?"""
-        if not self.finished:
+        if not super().done():
             self.arm()
-        return self.finished
+        return super().done()  # `finished` comes a moment later
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         """Has `fn(self)` called, in some thread, once there is a result."""

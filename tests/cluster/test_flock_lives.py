@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import ray
 
 import flock_ray
+from flock_ray.core.ring import ring_from
 from tests.cluster import birds
 from tests.cluster.conftest import eventually
 
@@ -64,32 +68,71 @@ def run_driver(text: str, cwd: str, *arguments: str, **env: str) -> str:
     return done.stdout
 
 
-def test_a_bird_outlives_its_driver_and_is_restarted_under_its_runtime_env(flyground, name, tmp_path):
-    """Its module and variable are only in the driver's runtime_env; the driver and every host that used it are gone (V3)."""
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "songs.py").write_text(
-        "import os\nclass Song:\n    def line(self):\n        return os.environ['SONG']\n    def die(self):\n        os._exit(1)\n"
-    )
-    (tmp_path / "run").mkdir()
+SONGS = """
+import os
+class Song:
+    def line(self):
+        return os.environ["SONG"]
+    def pid(self):
+        return os.getpid()
+    def where(self):
+        import flock_ray
+        return flock_ray.me().node_id
+"""
+
+
+def test_birds_outlive_their_driver_and_keep_its_runtime_env_on_nodes_that_never_saw_it(flyground, name, tmp_path):
+    """Module and variable are in the driver's runtime_env only. The driver ends, every host that used it is killed, so that Ray would
+    delete the package; the cache of this machine is emptied, and a fresh node has to fetch it (V3)."""
+    package, run = tmp_path / "package", tmp_path / "run"
+    package.mkdir()
+    run.mkdir()
+    (package / "songs.py").write_text(SONGS)
     run_driver(
         """
         import sys, ray, flock_ray
         ray.init(sys.argv[1], runtime_env={"working_dir": sys.argv[3], "env_vars": {"SONG": "tweet"}}, log_to_driver=False)
         from songs import Song
-        flock_ray.start(sys.argv[2], Song)
-        assert flock_ray.call(sys.argv[2], "line") == "tweet"
+        for i in range(8):
+            flock_ray.start(f"{sys.argv[2]}/{i}", Song)
+            assert flock_ray.call(f"{sys.argv[2]}/{i}", "line") == "tweet"
         """,
-        str(tmp_path / "run"),
+        str(run),
         flyground.cluster.address,
         name,
-        str(tmp_path / "package"),
-        PYTHONPATH=str(tmp_path / "package"),
+        str(package),
+        PYTHONPATH=str(package),
         RAY_RUNTIME_ENV_TEMPORARY_REFERENCE_EXPIRATION_S="0",
     )
-    assert flock_ray.call(name, "line") == "tweet"
-    with pytest.raises(flock_ray.BirdUnavailable):
-        flock_ray.call(name, "die")
-    assert flock_ray.call(name, "line", timeout=60) == "tweet"
+    names = [f"{name}/{i}" for i in range(8)]
+    pids = {own: flock_ray.call(own, "pid") for own in names}
+    for pid in pids.values():
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: all(flock_ray.info(own).restarts == 1 and flock_ray.info(own).state == "running" for own in names), "new lives")
+    context = ray.get_runtime_context()
+    cached = Path(context.get_temp_dir(), context.get_session_name(), "runtime_resources", "working_dir_files")
+    assert list(cached.iterdir())
+    for path in cached.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    node = flyground.add()
+    try:
+        ring = ring_from(tuple(sorted((nest.node_id, nest.weight) for nest in eventually(lambda: four_nests(), "a fourth nest"))))
+        moved = [own for own in names if ring.owner(own) == node.node_id]
+        assert moved, "the ring gives the newcomer none of eight names: choose others"
+        for own in moved:
+            eventually(lambda own=own: flock_ray.where(own) == node.node_id and flock_ray.info(own).state == "running", "it has moved")
+            assert flock_ray.call(own, "line", timeout=60) == "tweet"
+            assert flock_ray.call(own, "where") == node.node_id
+    finally:
+        for own in names:
+            flock_ray.stop(own)
+        flyground.crash(node)
+        eventually(lambda: len(flock_ray.nests()) == 3, "three nests again")
+
+
+def four_nests():
+    nests = flock_ray.nests()
+    return nests if len(nests) == 4 else None
 
 
 def test_a_class_of_main_outlives_its_driver(flyground, name, tmp_path):

@@ -216,6 +216,17 @@ def test_casts_that_were_turned_away_follow_the_bird_though_nobody_waits(caller)
     until(lambda: new.args == [0, 1, 2], "all casts are with the new host")
 
 
+def test_casts_that_waited_for_a_route_are_watched_too(caller):
+    caller.cast(0)
+    host = caller.world.put("a", "host:1")
+    host.holds = True
+    until(lambda: host.args == [0])
+    host.moved = True
+    new = caller.world.put("a", "host:2")
+    host.got[0].moved()
+    until(lambda: new.args == [0], "the cast follows the bird")
+
+
 def test_a_cast_does_not_wait_for_a_route(caller):
     began = time.monotonic()
     for n in range(10):
@@ -416,7 +427,8 @@ def test_a_bird_that_does_not_run_in_time_times_out_with_its_last_error(caller):
 def test_a_shorter_timeout_behind_a_longer_one_is_kept(caller):
     caller.cast("x")
     began = time.monotonic()
-    with pytest.raises(errors.CallTimeout):
+    until(lambda: caller.world.the_nest.asked, "the cast's route was asked for")
+    with pytest.raises(errors.CallTimeout, match="not running in time"):
         caller.call("y", timeout=0.1)
     assert time.monotonic() - began < 2.0
     host = caller.world.put("a", "host:1")
