@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from flock_ray.core.events import BarrierAnswer, Released
 from flock_ray.core.membership import Membership
+from flock_ray.core.messages import BarrierAnswer, Released
 from flock_ray.core.ring import Ring, ring_from
 from flock_ray.specs import Dot, Life, Name
 

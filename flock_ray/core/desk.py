@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flock_ray.core import events as ev
+from flock_ray.core import messages as msg
 from flock_ray.core.replica import Record
 from flock_ray.specs import Dot, Life, Name, Route
 
@@ -215,7 +216,7 @@ class Desk:
         holds = status is not None and status.state != "failed" and status.life in nest.membership.view
         to = status.life if status is not None and holds else nest.membership.placement.owner(waiter.name)
         if to is not None and to != nest.me:
-            nest.send(to, ev.RestartAsk(waiter.name, dot))
+            nest.send(to, msg.RestartAsk(waiter.name, dot))
         waiter.again_at = nest.now + nest.config.retry_interval
 
     def _route(self, waiter: Waiter, dot: Dot, record: Record) -> None:
@@ -232,7 +233,7 @@ class Desk:
             else:  # what we know may be old: ask those who may know better
                 waiter.again_at = nest.now + nest.config.retry_interval
                 if status.life != nest.me:
-                    nest.send(status.life, ev.LookUp(waiter.name))
+                    nest.send(status.life, msg.LookUp(waiter.name))
 
     def _give_up(self, waiter: Waiter) -> None:
         winner = self._nest.replica.winner(waiter.name)
@@ -269,7 +270,7 @@ class Desk:
     def _ask(self, name: Name, search: Search) -> None:
         search.again_at = self._nest.now + self._nest.config.retry_interval
         for peer in search.missing:
-            self._nest.send(peer, ev.LookUp(name))
+            self._nest.send(peer, msg.LookUp(name))
 
     def _search_done(self, name: Name) -> None:
         self._searches.pop(name, None)
@@ -287,4 +288,4 @@ class Desk:
             return
         update = nest.replica.update_for(waiting.name, waiting.dot)
         for life in living:
-            nest.send(life, ev.News(update, ack))
+            nest.send(life, msg.News(update, ack))

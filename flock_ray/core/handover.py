@@ -15,7 +15,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flock_ray.core import events as ev
+from flock_ray.core import effects as do
+from flock_ray.core import messages as msg
 from flock_ray.core.barrier import Report
 from flock_ray.core.holds import BirdLife, Phase
 from flock_ray.specs import Dot, Life, Name
@@ -46,7 +47,7 @@ class Handover:
 
     # The holder's side
 
-    def release(self, envelope: ev.Envelope, release: ev.Release) -> None:
+    def release(self, envelope: msg.Envelope, release: msg.Release) -> None:
         """The owner asks for a life, or that it or its record be dropped."""
         asker, dot = envelope.sender, release.dot
         accepted = asker in self._nest.membership.view
@@ -68,7 +69,7 @@ class Handover:
         """Who counts itself the owner does not release."""
         return self._nest.membership.ready and self._nest.owns(name)
 
-    def _answer_release(self, envelope: ev.Envelope, release: ev.Release) -> None:
+    def _answer_release(self, envelope: msg.Envelope, release: msg.Release) -> None:
         life, record = self._nest.holds.lives.get(release.dot), self._nest.holds.records.get(release.dot)
         now = None
         if life is not None:
@@ -77,7 +78,7 @@ class Handover:
             now = record.incarnation
         content = self._nest.replica.content([release.name])
         kept = record if now is None else None
-        self._nest.reply(envelope, ev.ReleaseAnswer(release.name, release.dot, release.incarnation, kept, now, content))
+        self._nest.reply(envelope, msg.ReleaseAnswer(release.name, release.dot, release.incarnation, kept, now, content))
 
     def answer_askers(self, life: BirdLife) -> None:
         """A life has ended: tells those who wait for that."""
@@ -90,7 +91,7 @@ class Handover:
     def drop_record(self, name: Name, dot: Dot) -> None:
         """Forgets a record, here and in its host."""
         self._nest.holds.drop(name, dot)
-        self._nest.effect(ev.Forget(dot))
+        self._nest.effect(do.Forget(dot))
 
     # The owner's side
 
@@ -148,10 +149,10 @@ class Handover:
             self._flying.pop(key, None)
             return
         pull.again_at = self._nest.now + self._nest.config.retry_interval
-        self._nest.send(holder, ev.Release(pull.name, dot, pull.incarnation, pull.keep), pull.count)
+        self._nest.send(holder, msg.Release(pull.name, dot, pull.incarnation, pull.keep), pull.count)
         pull.count += 1
 
-    def answered(self, envelope: ev.Envelope, answer: ev.ReleaseAnswer) -> None:
+    def answered(self, envelope: msg.Envelope, answer: msg.ReleaseAnswer) -> None:
         """A holder has answered."""
         holder, name, dot = envelope.sender, answer.name, answer.dot
         self._nest.joined(self._nest.replica.join_content(answer.content))

@@ -6,7 +6,7 @@ import enum
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from flock_ray.core.events import Envelope, Held, Release, Released
+from flock_ray.core.messages import Envelope, Held, Release, Released
 from flock_ray.specs import Dot, Life, Name, Spec
 
 

@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from flock_ray.config import Config
+from flock_ray.core import effects as do
 from flock_ray.core import events as ev
+from flock_ray.core import messages as msg
 from flock_ray.core import notices
 from flock_ray.core.barrier import Barrier
 from flock_ray.core.desk import Desk
@@ -70,7 +72,7 @@ class Registry:
         self._waiting: set[Name] = set()  # owned here, and something is missing before they can be hatched
         self._crowded: set[Name] = set()  # of these, those this nest does not admit (P3)
         self._changes: list[RecordChange] = []  # made here, to be told
-        self._out: list[ev.Effect] = []
+        self._out: list[do.Effect] = []
         self._asks: dict[Life, Attempt] = {}
         self._next_sync = AWAKE
         self._code_ask_at = 0.0
@@ -80,7 +82,7 @@ class Registry:
 
     # The two ways in
 
-    def handle(self, event: ev.Event, now: float) -> list[ev.Effect]:
+    def handle(self, event: ev.Event, now: float) -> list[do.Effect]:
         """Takes an event in.
 
         Args:
@@ -117,7 +119,7 @@ class Registry:
         self._next_sync = self.now + self.config.retry_interval
         for name, dot in event.exits:
             self.changed(self.replica.exited(name, dot))
-            self.effect(ev.Forget(dot))
+            self.effect(do.Forget(dot))
         for adopted in event.adopted:
             self._adopt(adopted)
 
@@ -140,7 +142,7 @@ class Registry:
 
     def _on_MemberDead(self, event: ev.MemberDead) -> None:
         if self.membership.dying(event.life):
-            self.effect(ev.ProbeNode(event.life))
+            self.effect(do.ProbeNode(event.life))
 
     def _on_NodeProbed(self, event: ev.NodeProbed) -> None:
         self.membership.probed(event.life, event.up, self.now)
@@ -186,8 +188,8 @@ class Registry:
 
     def _on_Received(self, event: ev.Received) -> None:
         envelope = event.envelope
-        if isinstance(envelope.body, ev.Relay):
-            self.effect(ev.Send(envelope.body.to, envelope.body.envelope))
+        if isinstance(envelope.body, msg.Relay):
+            self.effect(do.Send(envelope.body.to, envelope.body.envelope))
             return
         peer = self.membership.peer(envelope.sender)
         fresh = envelope.number >= peer.heard
@@ -197,22 +199,22 @@ class Registry:
                 self.barrier.void(envelope.sender)
         getattr(self, f"_got_{type(envelope.body).__name__}")(envelope, envelope.body, fresh)
 
-    def _got_News(self, envelope: ev.Envelope, news: ev.News, fresh: bool) -> None:
+    def _got_News(self, envelope: msg.Envelope, news: msg.News, fresh: bool) -> None:
         del fresh
         self.joined(self.replica.join(news.update))
         if news.ack:
-            self.reply(envelope, ev.Acknowledge(news.ack))
+            self.reply(envelope, msg.Acknowledge(news.ack))
 
-    def _got_Acknowledge(self, envelope: ev.Envelope, body: ev.Acknowledge, fresh: bool) -> None:
+    def _got_Acknowledge(self, envelope: msg.Envelope, body: msg.Acknowledge, fresh: bool) -> None:
         del envelope, fresh
         self.desk.acknowledged(body.ack)
 
-    def _got_SyncAsk(self, envelope: ev.Envelope, ask: ev.SyncAsk, fresh: bool) -> None:
+    def _got_SyncAsk(self, envelope: msg.Envelope, ask: msg.SyncAsk, fresh: bool) -> None:
         del fresh
         self.membership.peer(envelope.sender).view = ask.view
         self.reply(envelope, self.sync.answer(ask, self._fading(), self.membership.view))
 
-    def _got_SyncAnswer(self, envelope: ev.Envelope, answer: ev.SyncAnswer, fresh: bool) -> None:
+    def _got_SyncAnswer(self, envelope: msg.Envelope, answer: msg.SyncAnswer, fresh: bool) -> None:
         del fresh
         self.membership.peer(envelope.sender).view = answer.view
         session = self.sync.sessions.get(envelope.sender)
@@ -221,18 +223,18 @@ class Registry:
             return
         self.joined(progress.changes)
         if progress.news is not None:
-            self.send(envelope.sender, ev.News(progress.news))
+            self.send(envelope.sender, msg.News(progress.news))
         if progress.complete:
             self.membership.synced(envelope.sender, session.exchange)
 
-    def _got_BarrierAsk(self, envelope: ev.Envelope, ask: ev.BarrierAsk, fresh: bool) -> None:
+    def _got_BarrierAsk(self, envelope: msg.Envelope, ask: msg.BarrierAsk, fresh: bool) -> None:
         del fresh
         if not self.membership.ready:
             return
         asker, placement = envelope.sender, self.membership.placement
         if asker not in self.membership.view:
             self.reply(
-                envelope, ev.BarrierAnswer(ask.number, (), frozenset(), frozenset(), ())
+                envelope, msg.BarrierAnswer(ask.number, (), frozenset(), frozenset(), ())
             )  # says by its envelope that nothing is good
             return
         self._placement_changed()
@@ -240,9 +242,9 @@ class Registry:
         placed = frozenset(name for name, node in table.items() if node == asker.node)
         elsewhere = frozenset(name for name in table if name not in placed and ring.owner(name) == asker.node)
         held = tuple(hold for name in self.holds.names() if placement.owner(name) == asker for hold in self.holds.of(name))
-        self.reply(envelope, ev.BarrierAnswer(ask.number, tuple(ring.weights.items()), placed, elsewhere, held))
+        self.reply(envelope, msg.BarrierAnswer(ask.number, tuple(ring.weights.items()), placed, elsewhere, held))
 
-    def _got_BarrierAnswer(self, envelope: ev.Envelope, answer: ev.BarrierAnswer, fresh: bool) -> None:
+    def _got_BarrierAnswer(self, envelope: msg.Envelope, answer: msg.BarrierAnswer, fresh: bool) -> None:
         membership = self.membership
         if not (fresh and envelope.accepts and answer.number == membership.number and envelope.sender in membership.view):
             return
@@ -250,37 +252,37 @@ class Registry:
         self.mark(self._waiting)
         self._asks.pop(envelope.sender, None)
 
-    def _got_Release(self, envelope: ev.Envelope, release: ev.Release, fresh: bool) -> None:
+    def _got_Release(self, envelope: msg.Envelope, release: msg.Release, fresh: bool) -> None:
         del fresh
         self.handover.release(envelope, release)
 
-    def _got_ReleaseAnswer(self, envelope: ev.Envelope, answer: ev.ReleaseAnswer, fresh: bool) -> None:
+    def _got_ReleaseAnswer(self, envelope: msg.Envelope, answer: msg.ReleaseAnswer, fresh: bool) -> None:
         del fresh
         self.handover.answered(envelope, answer)
 
-    def _got_LookUp(self, envelope: ev.Envelope, body: ev.LookUp, fresh: bool) -> None:
+    def _got_LookUp(self, envelope: msg.Envelope, body: msg.LookUp, fresh: bool) -> None:
         del fresh
-        self.reply(envelope, ev.LookUpAnswer(body.name, self.replica.content([body.name])))
+        self.reply(envelope, msg.LookUpAnswer(body.name, self.replica.content([body.name])))
 
-    def _got_LookUpAnswer(self, envelope: ev.Envelope, answer: ev.LookUpAnswer, fresh: bool) -> None:
+    def _got_LookUpAnswer(self, envelope: msg.Envelope, answer: msg.LookUpAnswer, fresh: bool) -> None:
         del fresh
         self.joined(self.replica.join_content(answer.content))
         self.desk.looked_up(answer.name, envelope.sender)
 
-    def _got_RestartAsk(self, envelope: ev.Envelope, body: ev.RestartAsk, fresh: bool) -> None:
+    def _got_RestartAsk(self, envelope: msg.Envelope, body: msg.RestartAsk, fresh: bool) -> None:
         del envelope, fresh
         winner = self.replica.winner(body.name)
         if winner is not None and winner[0] == body.dot:
             self.supervision.restart(body.name)
             self.mark([body.name])
 
-    def _got_CodeAsk(self, envelope: ev.Envelope, body: ev.CodeAsk, fresh: bool) -> None:
+    def _got_CodeAsk(self, envelope: msg.Envelope, body: msg.CodeAsk, fresh: bool) -> None:
         del fresh
         code = {digest: self.replica.code[digest] for digest in body.digests if digest in self.replica.code}
         if code:
-            self.reply(envelope, ev.CodeAnswer(code))
+            self.reply(envelope, msg.CodeAnswer(code))
 
-    def _got_CodeAnswer(self, envelope: ev.Envelope, body: ev.CodeAnswer, fresh: bool) -> None:
+    def _got_CodeAnswer(self, envelope: msg.Envelope, body: msg.CodeAnswer, fresh: bool) -> None:
         del envelope, fresh
         self.replica.take_code(body.code)
         self.mark(self._waiting)
@@ -440,7 +442,7 @@ class Registry:
         lacking = sorted(record.spec.options.demand for _, record in self._unplaced(placement.table()))
         if tuple(lacking) != self._demanded:
             self._demanded = tuple(lacking)
-            self.effect(ev.Demand(self._demanded))
+            self.effect(do.Demand(self._demanded))
 
     def _unplaced(self, table: Any) -> Iterable[tuple[Dot, Record]]:
         for name, node in table.items():
@@ -459,7 +461,7 @@ class Registry:
             if attempt is None or attempt.again_at <= self.now:
                 count = attempt.count if attempt else 0
                 self._asks[life] = Attempt(self.now + self.config.retry_interval, count + 1)
-                self.send(life, ev.BarrierAsk(self.membership.number), count)
+                self.send(life, msg.BarrierAsk(self.membership.number), count)
 
     def _synchronise(self) -> None:
         """Keeps a comparison under way with every nest that is not in sync, and now and then begins one with any other."""
@@ -490,14 +492,14 @@ class Registry:
         if missing:
             self._code_ask_at = self.now + self.config.retry_interval
             for life in self.membership.living():
-                self.send(life, ev.CodeAsk(missing))
+                self.send(life, msg.CodeAsk(missing))
 
     def _publish(self) -> None:
         """Tells all peers at once what was changed here (S3)."""
         if not self._changes:
             return
         changes, self._changes = self._changes, []
-        news = ev.News(self.replica.update_of(changes), self.desk.ack_wanted())
+        news = msg.News(self.replica.update_of(changes), self.desk.ack_wanted())
         for life in self.membership.living():
             self.send(life, news)
 
@@ -536,32 +538,32 @@ class Registry:
         """There may be room again."""
         self.mark(self._crowded)
 
-    def effect(self, effect: ev.Effect) -> None:
+    def effect(self, effect: do.Effect) -> None:
         self._out.append(effect)
 
     def notice(self, notice: notices.Notice) -> None:
-        self.effect(ev.Emit(notice))
+        self.effect(do.Emit(notice))
 
     def answer(self, request: str, outcome: ev.Outcome) -> None:
-        self.effect(ev.Reply(request, outcome))
+        self.effect(do.Reply(request, outcome))
 
-    def send(self, to: Life, body: ev.Body, attempts: int = 0) -> None:
+    def send(self, to: Life, body: msg.Body, attempts: int = 0) -> None:
         """Sends to a nest; after some vain attempts every other one goes through a third (H2)."""
-        envelope = ev.Envelope(self.me, self.membership.number, to in self.membership.view, body)
+        envelope = msg.Envelope(self.me, self.membership.number, to in self.membership.view, body)
         thirds = sorted(life for life in self.membership.view if life not in (to, self.me))
         if attempts >= RELAY_AFTER and attempts % 2 and thirds:
             third = thirds[(attempts // 2) % len(thirds)]
-            envelope = ev.Envelope(self.me, envelope.number, envelope.accepts, body, relayed_by=third)
-            relay = ev.Relay(to, envelope)
-            self.effect(ev.Send(third, ev.Envelope(self.me, envelope.number, True, relay)))
+            envelope = msg.Envelope(self.me, envelope.number, envelope.accepts, body, relayed_by=third)
+            relay = msg.Relay(to, envelope)
+            self.effect(do.Send(third, msg.Envelope(self.me, envelope.number, True, relay)))
         else:
-            self.effect(ev.Send(to, envelope))
+            self.effect(do.Send(to, envelope))
 
-    def reply(self, envelope: ev.Envelope, body: ev.Body) -> None:
+    def reply(self, envelope: msg.Envelope, body: msg.Body) -> None:
         """Answers on the way the message came."""
-        answer = ev.Envelope(self.me, self.membership.number, envelope.sender in self.membership.view, body)
+        answer = msg.Envelope(self.me, self.membership.number, envelope.sender in self.membership.view, body)
         if envelope.relayed_by is not None:
-            relay = ev.Envelope(self.me, answer.number, True, ev.Relay(envelope.sender, answer))
-            self.effect(ev.Send(envelope.relayed_by, relay))
+            relay = msg.Envelope(self.me, answer.number, True, msg.Relay(envelope.sender, answer))
+            self.effect(do.Send(envelope.relayed_by, relay))
         else:
-            self.effect(ev.Send(envelope.sender, answer))
+            self.effect(do.Send(envelope.sender, answer))

@@ -14,7 +14,9 @@ from __future__ import annotations
 import heapq
 from typing import TYPE_CHECKING
 
+from flock_ray.core import effects as do
 from flock_ray.core import events as ev
+from flock_ray.core import messages as msg
 from flock_ray.core import notices
 from flock_ray.core.holds import BirdLife, Phase
 from flock_ray.core.replica import Record
@@ -69,7 +71,7 @@ class Supervision:
         spec, source = life.spec, life.source
         state, has_state = (source.state, True) if source is not None else (None, False)
         code = self._nest.replica.code[spec.code]
-        self._nest.effect(ev.Hatch(life.name, life.dot, life.born, spec, code, life.restarts, life.crashes, state, has_state))
+        self._nest.effect(do.Hatch(life.name, life.dot, life.born, spec, code, life.restarts, life.crashes, state, has_state))
         if spec.options.start_timeout is not None:
             self._schedule(life, self._nest.now + spec.options.start_timeout)
 
@@ -87,7 +89,7 @@ class Supervision:
         life.incarnation = above + 1
         if released is not None:
             self._nest.handover.drop_record(life.name, life.dot)
-        self._nest.effect(ev.Raise(life.dot, life.born, life.incarnation))
+        self._nest.effect(do.Raise(life.dot, life.born, life.incarnation))
         self.write(life, {Phase.STARTING: "starting", Phase.RUNNING: "running", Phase.BACKOFF: "restarting"}[life.phase])
 
     def restart(self, name: Name) -> bool:
@@ -122,7 +124,7 @@ class Supervision:
         life.phase, life.host, life.running_since = Phase.RUNNING, event.host, self._nest.now
         if life.source is not None:
             life.source = None
-            self._nest.effect(ev.Forget(life.dot))
+            self._nest.effect(do.Forget(life.dot))
         self.write(life, "running")
         self._nest.notice(notices.BirdRunning(self._nest.me, life.name, life.dot, life.incarnation))
         self._nest.mark([life.name])
@@ -169,7 +171,7 @@ class Supervision:
 
     def exited(self, event: ev.LifeExited) -> None:
         life = self._nest.holds.life(event.dot, event.born)
-        self._nest.effect(ev.Forget(event.dot))
+        self._nest.effect(do.Forget(event.dot))
         if life is None:
             return
         if life.spec.options.restart == "permanent" and life.phase is not Phase.ENDING:
@@ -200,7 +202,7 @@ class Supervision:
         if reason == "moved":
             self.write(life, "moving")
         if had_process:
-            self._nest.effect(ev.EndLife(life.dot, life.born, reason, keep, life.spec.options.stop_timeout))
+            self._nest.effect(do.EndLife(life.dot, life.born, reason, keep, life.spec.options.stop_timeout))
         else:
             self._over(life, None, False)
 
@@ -213,7 +215,7 @@ class Supervision:
         elif life.keep and (handed_over or life.source is not None):
             if not handed_over and life.source is not None:
                 state = life.source.state  # it never ran: what it was to take over is handed on
-            self._nest.holds.keep(life.name, ev.Released(life.dot, life.incarnation, self._nest.me, state))
+            self._nest.holds.keep(life.name, msg.Released(life.dot, life.incarnation, self._nest.me, state))
         moved = life.reason == "moved"
         kind = notices.BirdMoved if moved else notices.BirdStopped
         self._nest.notice(kind(self._nest.me, life.name, life.dot, life.incarnation))
@@ -232,7 +234,7 @@ class Supervision:
                 self._hatch_again(life)
             elif life.phase is Phase.STARTING and life.spec.options.start_timeout is not None:
                 text = f"its __init__ did not return within start_timeout={life.spec.options.start_timeout:g} s"
-                self._nest.effect(ev.Kill(dot, born, text))
+                self._nest.effect(do.Kill(dot, born, text))
 
     def _hatch_again(self, life: BirdLife) -> None:
         """The next life in place, after a crash (V1): the hold never ended, so there is nobody to ask."""

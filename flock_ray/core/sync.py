@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flock_ray.core.aworset import ROOT, Prefix
-from flock_ray.core.events import SyncAnswer, SyncAsk
+from flock_ray.core.messages import SyncAnswer, SyncAsk
 from flock_ray.core.replica import RecordChange, Replica, Update
 from flock_ray.specs import Life
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 import pickle
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flock_ray.core.events import Released
 from flock_ray.specs import Dot, Life, Name, Spec
+
+if TYPE_CHECKING:
+    from flock_ray.core.messages import Released
 
 _LENGTH = struct.Struct("!I")
 

@@ -20,6 +20,7 @@ import psutil
 import ray
 from ray.actor import ActorHandle
 
+from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import wire
 from flock_ray.runtime import cluster
@@ -77,14 +78,14 @@ class Hosts:
 
     # Orders
 
-    def hatch(self, effect: ev.Hatch) -> None:
+    def hatch(self, effect: do.Hatch) -> None:
         is_async = bool(surroundings(effect.spec).get("async"))
         name = f"{'async:' if is_async else ''}host:{self._record.life}:{self._node[:8]}:{uuid.uuid4().hex[:10]}"
         process = Process(name, effect.dot, effect.born)
         self._processes[effect.dot, effect.born] = self._by_host[name] = process
         self._task(self._start(process, effect, is_async))
 
-    async def _start(self, process: Process, effect: ev.Hatch, is_async: bool) -> None:
+    async def _start(self, process: Process, effect: do.Hatch, is_async: bool) -> None:
         brought = surroundings(effect.spec)
         boot = HostBoot(
             host=process.host,
@@ -112,7 +113,7 @@ class Hosts:
             if not process.over:
                 self._died(process, str(error))
 
-    def end(self, effect: ev.EndLife) -> None:
+    def end(self, effect: do.EndLife) -> None:
         process = self._processes.get((effect.dot, effect.born))
         if process is None:
             self._tell(ev.LifeEnded(effect.dot, effect.born))
@@ -125,12 +126,12 @@ class Hosts:
         else:  # nothing of it runs yet
             self._kill(process, "it was ended before its process was there")
 
-    def kill(self, effect: ev.Kill) -> None:
+    def kill(self, effect: do.Kill) -> None:
         process = self._processes.get((effect.dot, effect.born))
         if process is not None:
             self._kill(process, effect.error)
 
-    def raise_incarnation(self, effect: ev.Raise) -> None:
+    def raise_incarnation(self, effect: do.Raise) -> None:
         process = self._processes.get((effect.dot, effect.born))
         if process is not None:
             self._order(process, wire.RaiseOrder(effect.dot, effect.born, effect.incarnation))

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flock_ray.core.events import LifeCrashed, LifeEnded, LifeExited, LifeRunning, Released
+from flock_ray.core.events import LifeCrashed, LifeEnded, LifeExited, LifeRunning
 from flock_ray.core.wire import Answer, Call, EndOrder, HatchOrder, HostReport, encode
 from flock_ray.runtime.inside import Inside, Leave, current
 from flock_ray.runtime.payload import pack, pack_alone, unpack
@@ -138,6 +138,8 @@ class HostedLife:
     def report(self) -> HostReport:
         """What is held here, for a nest that does not know it."""
         order, (state, handed_over) = self.order, self._handed_over
+        from flock_ray.core.messages import Released  # here: a host that hands nothing over need not load it
+
         record = Released(self.dot, self.incarnation, self._host.nest, state) if handed_over else None
         said = State.RUNNING if self.state is State.ENDING else self.state
         return HostReport(

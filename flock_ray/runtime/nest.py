@@ -23,7 +23,9 @@ import psutil
 import ray
 from ray.actor import ActorHandle
 
+from flock_ray.core import effects as do
 from flock_ray.core import events as ev
+from flock_ray.core import messages as msg
 from flock_ray.core import readings, wire
 from flock_ray.core.notices import Notice
 from flock_ray.core.registry import Registry
@@ -60,7 +62,7 @@ class Nest:
         self._nodes: dict[str, cluster.Node] = {}
         self._peers: dict[str, ActorHandle[Any]] = {}
         self._finding: set[str] = set()
-        self._outbox: dict[str, list[tuple[Life, ev.Envelope]]] = {}
+        self._outbox: dict[str, list[tuple[Life, msg.Envelope]]] = {}
         self._replies: dict[str, asyncio.Future[ev.Outcome]] = {}
         self._wake: asyncio.TimerHandle | None = None
         self._booted = asyncio.Event()
@@ -199,7 +201,7 @@ class Nest:
         delay = registry.wake_at() - time.monotonic()
         self._wake = self._loop.call_later(min(max(delay, 0.0), 60.0), self._handle, ev.Tick())
 
-    def _do_Send(self, effect: ev.Send) -> None:
+    def _do_Send(self, effect: do.Send) -> None:
         self._outbox.setdefault(effect.to.node, []).append((effect.to, effect.envelope))
 
     def _flush(self) -> None:
@@ -213,7 +215,7 @@ class Nest:
                 self._finding.add(node)
                 self._task(self._find(node, letters))
 
-    async def _find(self, node: str, letters: list[tuple[Life, ev.Envelope]]) -> None:
+    async def _find(self, node: str, letters: list[tuple[Life, msg.Envelope]]) -> None:
         try:
             self._peers[node] = handle = await self._in_thread(cluster.nest_handle, self._record.life, node)
             handle.deliver.remote(pickle.dumps(letters))
@@ -222,22 +224,22 @@ class Nest:
         finally:
             self._finding.discard(node)
 
-    def _do_Hatch(self, effect: ev.Hatch) -> None:
+    def _do_Hatch(self, effect: do.Hatch) -> None:
         self._hosts.hatch(effect)
 
-    def _do_EndLife(self, effect: ev.EndLife) -> None:
+    def _do_EndLife(self, effect: do.EndLife) -> None:
         self._loop.call_soon(self._hosts.end, effect)  # not now: it may answer at once, in the middle of these effects
 
-    def _do_Kill(self, effect: ev.Kill) -> None:
+    def _do_Kill(self, effect: do.Kill) -> None:
         self._hosts.kill(effect)
 
-    def _do_Raise(self, effect: ev.Raise) -> None:
+    def _do_Raise(self, effect: do.Raise) -> None:
         self._hosts.raise_incarnation(effect)
 
-    def _do_Forget(self, effect: ev.Forget) -> None:
+    def _do_Forget(self, effect: do.Forget) -> None:
         self._hosts.forget(effect.dot)
 
-    def _do_ProbeNode(self, effect: ev.ProbeNode) -> None:
+    def _do_ProbeNode(self, effect: do.ProbeNode) -> None:
         self._task(self._probe(effect.life))
 
     async def _probe(self, life: Life) -> None:
@@ -253,16 +255,16 @@ class Nest:
                 up = False
         self._handle(ev.NodeProbed(life, up))
 
-    def _do_Demand(self, effect: ev.Demand) -> None:
+    def _do_Demand(self, effect: do.Demand) -> None:
         bundles = [dict(bundle) for bundle in effect.bundles]
         self._task(self._in_background(cluster.request_resources, bundles))
 
-    def _do_Reply(self, effect: ev.Reply) -> None:
+    def _do_Reply(self, effect: do.Reply) -> None:
         future = self._replies.pop(effect.request, None)
         if future is not None and not future.done():
             future.set_result(effect.outcome)
 
-    def _do_Emit(self, effect: ev.Emit) -> None:
+    def _do_Emit(self, effect: do.Emit) -> None:
         self._notices.append(effect.notice)
         logger.log(effect.notice.level, "%s", getattr(effect.notice, "text", effect.notice))
 

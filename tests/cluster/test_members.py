@@ -17,11 +17,11 @@ NODES = 4
 
 
 def departures():
-    """All `NestLeft` that any nest has noticed."""
+    """All `NestLeft` that any nest of the view has noticed."""
     record = cluster.flock_life("default")
     left = []
-    for node in cluster.nodes():
-        packed = ray.get(cluster.nest_handle(record.life, node).read.remote(pickle.dumps(("notices",))), timeout=60)
+    for nest in flock_ray.nests():
+        packed = ray.get(cluster.nest_handle(record.life, nest.node_id).read.remote(pickle.dumps(("notices",))), timeout=60)
         left += [notice for notice in pickle.loads(packed) if isinstance(notice, NestLeft)]
     return left
 

@@ -22,7 +22,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flock_ray.config import Config
+from flock_ray.core import effects as do
 from flock_ray.core import events as ev
+from flock_ray.core import messages as msg
 from flock_ray.core.membership import Condition
 from flock_ray.core.registry import Registry
 from flock_ray.specs import Dot, Life, Name, NodeRecord, Options, Spec, Stamp
@@ -60,7 +62,7 @@ class Host:
     running: bool = False
     ending: bool = False
     keep: bool = False
-    record: ev.Released | None = None
+    record: msg.Released | None = None
 
     @property
     def alive(self) -> bool:
@@ -253,7 +255,7 @@ class World:
 
     # Effects
 
-    def _do_Send(self, node: Node, nest: Registry, effect: ev.Send) -> None:
+    def _do_Send(self, node: Node, nest: Registry, effect: do.Send) -> None:
         to = self.node(effect.to)
         if self.rng.random() < self._loss():
             return
@@ -264,17 +266,17 @@ class World:
     def _loss(self) -> float:
         return 0.0 if self.calming else self.mix.loss
 
-    def _deliver(self, source: Node, to: Node, effect: ev.Send) -> None:
+    def _deliver(self, source: Node, to: Node, effect: do.Send) -> None:
         if (source.index, to.index) in self.cuts or to.nest is None or to.nest.me != effect.to:
             return
         body = effect.envelope.body
-        if isinstance(body, ev.ReleaseAnswer) and body.record is not None and body.dot in self.must:
+        if isinstance(body, msg.ReleaseAnswer) and body.record is not None and body.dot in self.must:
             value, who = self.must[body.dot]
             if body.record.state == str(value).encode():
                 who.add(to.index)
         self.handle(to, ev.Received(effect.envelope))
 
-    def _do_Hatch(self, node: Node, nest: Registry, effect: ev.Hatch) -> None:
+    def _do_Hatch(self, node: Node, nest: Registry, effect: do.Hatch) -> None:
         for other in self.nodes:
             for host in other.hosts.values():
                 if host.name == effect.name and host.alive:
@@ -296,7 +298,7 @@ class World:
         else:
             self.at(self.rng.uniform(0.01, 0.6), lambda: self._up(node, host))
 
-    def _check_state(self, node: Node, effect: ev.Hatch, value: int | None) -> None:
+    def _check_state(self, node: Node, effect: do.Hatch, value: int | None) -> None:
         if effect.dot not in self.must:
             return
         kept, who = self.must.pop(effect.dot)
@@ -312,7 +314,7 @@ class World:
             self.must.pop(host.dot, None)
             self.handle(node, ev.LifeRunning(host.dot, host.born, f"h{host.born}"))
 
-    def _do_EndLife(self, node: Node, nest: Registry, effect: ev.EndLife) -> None:
+    def _do_EndLife(self, node: Node, nest: Registry, effect: do.EndLife) -> None:
         host = node.hosts.get((effect.dot, effect.born))
         if host is None or host.ending:
             return
@@ -327,7 +329,7 @@ class World:
         handed = host.keep and host.running
         state = str(host.value).encode() if handed else None
         if handed:
-            record = ev.Released(host.dot, host.incarnation, Life(node.id, node.life), state)
+            record = msg.Released(host.dot, host.incarnation, Life(node.id, node.life), state)
             node.hosts[host.dot, host.born] = host
             host.record = record
             elsewhere = [h for n in self.nodes for h in n.hosts.values() if h is not host and h.dot == host.dot]
@@ -335,17 +337,17 @@ class World:
                 self.must[host.dot] = (host.value, {node.index})
         self.handle(node, ev.LifeEnded(host.dot, host.born, state, handed))
 
-    def _do_Kill(self, node: Node, nest: Registry, effect: ev.Kill) -> None:
+    def _do_Kill(self, node: Node, nest: Registry, effect: do.Kill) -> None:
         host = node.hosts.get((effect.dot, effect.born))
         if host is not None:
             self.at(0.01, lambda: self.crash(node, host, effect.error))
 
-    def _do_Raise(self, node: Node, nest: Registry, effect: ev.Raise) -> None:
+    def _do_Raise(self, node: Node, nest: Registry, effect: do.Raise) -> None:
         host = node.hosts.get((effect.dot, effect.born))
         if host is not None:
             host.incarnation = effect.incarnation
 
-    def _do_Forget(self, node: Node, nest: Registry, effect: ev.Forget) -> None:
+    def _do_Forget(self, node: Node, nest: Registry, effect: do.Forget) -> None:
         node.exits.pop(effect.dot, None)
         for key, host in list(node.hosts.items()):
             if host.dot == effect.dot and not host.alive:
@@ -354,7 +356,7 @@ class World:
                 if winner is None or winner[0] != host.dot:
                     self.must.pop(host.dot, None)
 
-    def _do_ProbeNode(self, node: Node, nest: Registry, effect: ev.ProbeNode) -> None:
+    def _do_ProbeNode(self, node: Node, nest: Registry, effect: do.ProbeNode) -> None:
         other = self.node(effect.life)
         pair = (node.index, other.index)
         up = other.alive and pair not in self.cuts and pair[::-1] not in self.cuts
@@ -366,7 +368,7 @@ class World:
         delay = self.rng.uniform(0.001, 0.5)
         self.at(delay, lambda: self.handle(node, ev.NodeProbed(effect.life, up)) if node.nest and node.nest.me == life else None)
 
-    def _do_Reply(self, node: Node, nest: Registry, effect: ev.Reply) -> None:
+    def _do_Reply(self, node: Node, nest: Registry, effect: do.Reply) -> None:
         if effect.request in self.outcomes:
             raise Violation(f"request {effect.request} was answered twice")
         self.outcomes[effect.request] = effect.outcome
@@ -379,10 +381,10 @@ class World:
             self.accepted[dot] = (name, nest.me)
         self.log(f"{kind} {name} at {nest.me}: {effect.outcome}")
 
-    def _do_Emit(self, node: Node, nest: Registry, effect: ev.Emit) -> None:
+    def _do_Emit(self, node: Node, nest: Registry, effect: do.Emit) -> None:
         self.log(f"{nest.me} says {effect.notice}")
 
-    def _do_Demand(self, node: Node, nest: Registry, effect: ev.Demand) -> None:
+    def _do_Demand(self, node: Node, nest: Registry, effect: do.Demand) -> None:
         pass
 
     # The failure detector

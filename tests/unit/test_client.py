@@ -218,8 +218,9 @@ def test_casts_that_were_turned_away_follow_the_bird_though_nobody_waits(caller)
 
 def test_casts_that_waited_for_a_route_are_watched_too(caller):
     caller.cast(0)
-    host = caller.world.put("a", "host:1")
+    host = caller.world.put("somebody else", "host:1")
     host.holds = True
+    caller.world.put("a", "host:1")
     until(lambda: host.args == [0])
     host.moved = True
     new = caller.world.put("a", "host:2")
@@ -512,7 +513,9 @@ def test_what_cannot_be_unpickled_is_a_remote_error(caller):
         second.result(5)
 
 
-@pytest.mark.parametrize(("error", "kind"), [("AttributeError", AttributeError), ("MailboxFull", errors.MailboxFull), ("TypeError", TypeError)])
+@pytest.mark.parametrize(
+    ("error", "kind"), [("AttributeError", AttributeError), ("MailboxFull", errors.MailboxFull), ("TypeError", TypeError)]
+)
 def test_what_the_host_refuses_is_raised(caller, error, kind):
     host = caller.warm()
     host.holds = True

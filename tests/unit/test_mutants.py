@@ -12,6 +12,7 @@ import pytest
 
 from flock_ray.core import aworset, barrier, handover, holds, membership, registry, replica, supervision, sync
 from flock_ray.core import events as ev
+from flock_ray.core import messages as msg
 from flock_ray.core.membership import Condition
 from flock_ray.specs import Dot
 from tests.support.sim import MIXES, Violation, World
@@ -213,6 +214,6 @@ def test_the_simulator_catches(bug, mixes, monkeypatch):
 
 def test_events_of_the_core_are_all_handled():
     """A handler that is missing would be found only when its message comes."""
-    for union, prefix in ((ev.Event, "_on_"), (ev.Body, "_got_")):
+    for union, prefix in ((ev.Event, "_on_"), (msg.Body, "_got_")):
         for kind in union.__args__:
-            assert kind is ev.Relay or hasattr(registry.Registry, prefix + kind.__name__)
+            assert kind is msg.Relay or hasattr(registry.Registry, prefix + kind.__name__)

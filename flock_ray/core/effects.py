@@ -1,0 +1,101 @@
+"""What a registry wants done: frozen dataclasses that its shell performs, in order. The shell decides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from flock_ray.core.events import Outcome
+from flock_ray.core.messages import Envelope
+from flock_ray.core.notices import Notice
+from flock_ray.specs import Dot, Life, Name, Spec
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    to: Life
+    envelope: Envelope
+
+
+@dataclass(frozen=True, slots=True)
+class Hatch:
+    """Start a life; answer with `LifeRunning` or `LifeCrashed`."""
+
+    name: Name
+    dot: Dot
+    born: int
+    spec: Spec
+    code: bytes
+    restarts: int
+    crashes: int
+    state: bytes | None  # for `take_over`
+    has_state: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EndLife:
+    """End a life in good order within `timeout` seconds, else kill it; answer with `LifeEnded`.
+
+    With `keep`, `hand_over` is called and its result kept in the host until `Forget`.
+    """
+
+    dot: Dot
+    born: int
+    reason: str
+    keep: bool
+    timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """End a life's process now; answer with `LifeCrashed` with this text."""
+
+    dot: Dot
+    born: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Raise:
+    """A life that stays takes a higher incarnation (H4); its host has to know it for its nest's next life."""
+
+    dot: Dot
+    born: int
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """A record or an exit that a host keeps is not needed any more."""
+
+    dot: Dot
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeNode:
+    """Try the raylet's port of that nest's node; answer with `NodeProbed`."""
+
+    life: Life
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What cannot be placed, for Ray's autoscaler: bundles of resources (P2)."""
+
+    bundles: tuple[tuple[tuple[str, float], ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    request: str
+    outcome: Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Emit:
+    """Something worth telling the people who run the flock."""
+
+    notice: Notice
+
+
+Effect: TypeAlias = Send | Hatch | EndLife | Kill | Raise | Forget | ProbeNode | Demand | Reply | Emit
