@@ -72,6 +72,11 @@ class Forget:
 
 
 @dataclass(frozen=True, slots=True)
+class StartAfresh:
+    """This nest was out of contact for too long: end its birds and records, and come back as a new life with an empty replica (S2)."""
+
+
+@dataclass(frozen=True, slots=True)
 class ProbeNode:
     """Try the raylet's port of that nest's node; answer with `NodeProbed`."""
 
@@ -98,4 +103,4 @@ class Emit:
     notice: Notice
 
 
-Effect: TypeAlias = Send | Hatch | EndLife | Kill | Raise | Forget | ProbeNode | Demand | Reply | Emit
+Effect: TypeAlias = Send | Hatch | EndLife | Kill | Raise | Forget | StartAfresh | ProbeNode | Demand | Reply | Emit

@@ -53,6 +53,7 @@ class Peer:
     heard: int = 0  # the highest view number in any of its messages
     absent_since: float = 0.0  # dead, or never heard; 0 while that is not so or not noted yet
     dies_at: float | None = None  # when a dying nest whose node is up is given up
+    estranged: bool = False  # heard again after so long that dots may have been forgotten meanwhile: one of the two starts afresh (S2)
 
 
 class Membership:
@@ -90,7 +91,7 @@ class Membership:
     def peer(self, life: Life) -> Peer:
         return self.peers.setdefault(life, Peer(life))
 
-    def alive(self, life: Life) -> bool:
+    def alive(self, life: Life, now: float) -> bool:
         """A nest joined or recovered. Returns whether it has to be synced with."""
         if life.node == self.me.node:
             return False  # an earlier life of this node: it cannot be, and only one nest runs here
@@ -102,6 +103,8 @@ class Membership:
         if peer.condition is not Condition.DYING:
             peer.exchange += 1
             peer.synced = False
+        away = peer.condition is Condition.DEAD and now - peer.absent_since > self._config.context_horizon / 2
+        peer.estranged = peer.estranged or away
         peer.condition, peer.dies_at, peer.absent_since = Condition.ALIVE, None, 0.0
         for older in self.peers.values():
             if older.life.node == life.node and older.life < life and older.condition in (Condition.ALIVE, Condition.DYING):
@@ -137,6 +140,11 @@ class Membership:
         if peer is not None and peer.condition is Condition.ALIVE and peer.exchange == exchange:
             peer.synced = True
 
+    def starts_afresh(self, life: Life) -> bool:
+        """Has this nest been out of contact with a peer for too long, and is it on the smaller side? Then it joins as new (S2)."""
+        peer = self.peer(life)
+        return peer.estranged and (len(self.view), self.me) < (len(peer.view), life)
+
     def table(self, nodes: frozenset[str]) -> None:
         """Ray's node table (M1): nodes it lists as gone no longer count in the last whole view."""
         self.listed = nodes
@@ -149,8 +157,9 @@ class Membership:
         return [peer.life for peer in self.peers.values() if peer.condition is Condition.ALIVE]
 
     def absent(self) -> list[Peer]:
-        """The nests that are dead, or known only by their dots, node records or a stray message."""
-        return [peer for peer in self.peers.values() if peer.condition in (Condition.DEAD, Condition.UNHEARD)]
+        """The nests that are dead, replaced, or known only by their dots, node records or a stray message."""
+        gone = (Condition.DEAD, Condition.UNHEARD, Condition.SUPERSEDED)
+        return [peer for peer in self.peers.values() if peer.condition in gone and peer.life not in self.view]
 
     def unsynced(self) -> list[Life]:
         return [peer.life for peer in self.peers.values() if peer.condition is Condition.ALIVE and not peer.synced]

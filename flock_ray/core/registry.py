@@ -34,6 +34,7 @@ from flock_ray.specs import Dot, Life, Name, Spec, Stamp, Status
 
 NAMES_A_STEP = 1000  # looked at in one `handle`: about 20 ms, so that a nest goes on answering in a big change
 RELAY_AFTER = 2  # unanswered tries before every other one goes through a third nest (H2)
+REMEMBERED = 4  # horizons after which a dead nest is as one that never was
 AWAKE = float("inf")
 
 
@@ -137,7 +138,7 @@ class Registry:
         self.membership.table(event.nodes)
 
     def _on_MemberAlive(self, event: ev.MemberAlive) -> None:
-        if self.membership.alive(event.life):
+        if self.membership.alive(event.life, self.now):
             self.sync.sessions.pop(event.life, None)
 
     def _on_MemberDead(self, event: ev.MemberDead) -> None:
@@ -201,6 +202,8 @@ class Registry:
 
     def _got_News(self, envelope: msg.Envelope, news: msg.News, fresh: bool) -> None:
         del fresh
+        if self.membership.peer(envelope.sender).estranged:
+            return
         self.joined(self.replica.join(news.update))
         if news.ack:
             self.reply(envelope, msg.Acknowledge(news.ack))
@@ -211,12 +214,14 @@ class Registry:
 
     def _got_SyncAsk(self, envelope: msg.Envelope, ask: msg.SyncAsk, fresh: bool) -> None:
         del fresh
-        self.membership.peer(envelope.sender).view = ask.view
+        if self._estranged(envelope.sender, ask.view):
+            return
         self.reply(envelope, self.sync.answer(ask, self._fading(), self.membership.view))
 
     def _got_SyncAnswer(self, envelope: msg.Envelope, answer: msg.SyncAnswer, fresh: bool) -> None:
         del fresh
-        self.membership.peer(envelope.sender).view = answer.view
+        if self._estranged(envelope.sender, answer.view):
+            return
         session = self.sync.sessions.get(envelope.sender)
         progress = self.sync.proceed(envelope.sender, answer)
         if session is None or progress is None:
@@ -226,6 +231,14 @@ class Registry:
             self.send(envelope.sender, msg.News(progress.news))
         if progress.complete:
             self.membership.synced(envelope.sender, session.exchange)
+
+    def _estranged(self, peer: Life, view: frozenset[Life]) -> bool:
+        """Notes a peer's view. Nothing is exchanged with one that was away for so long that either may have forgotten dots: who is on
+        the smaller side throws its replica away and joins as new, under another life (S2)."""
+        self.membership.peer(peer).view = view
+        if self.membership.starts_afresh(peer):
+            self.effect(do.StartAfresh())
+        return self.membership.peer(peer).estranged
 
     def _got_BarrierAsk(self, envelope: msg.Envelope, ask: msg.BarrierAsk, fresh: bool) -> None:
         del fresh
@@ -511,14 +524,16 @@ class Registry:
         return [peer.life for peer in self.membership.absent() if peer.absent_since < since]
 
     def _forget_the_dead(self) -> None:
-        membership = self.membership
+        """What is kept of a dead nest goes after the horizon; that it was there is remembered for some more, should it come back."""
+        membership, horizon = self.membership, self.config.context_horizon
         for life in (self.replica.birds.context.lives() | set(self.replica.nodes)) - {self.me}:
             membership.peer(life)
         for peer in membership.absent():
             if peer.absent_since == 0.0:
                 peer.absent_since = self.now  # known by hearsay only
-            elif peer.absent_since <= self.now - self.config.context_horizon and self.replica.forget(peer.life):
-                del membership.peers[peer.life]
+            elif peer.absent_since <= self.now - horizon and self.replica.forget(peer.life):
+                if peer.absent_since <= self.now - REMEMBERED * horizon:
+                    del membership.peers[peer.life]
 
     # Small things
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from flock_ray.core.aworset import ROOT, Prefix
 from flock_ray.core.messages import SyncAnswer, SyncAsk
 from flock_ray.core.replica import RecordChange, Replica, Update
-from flock_ray.specs import Life
+from flock_ray.specs import Life, NodeRecord
 
 NODES_A_STEP = 128  # of the tree in one message: 4 KB of hashes, or some thousand names
 
@@ -65,7 +65,7 @@ class Sync:
         session.attempts += 1
         hashes = tuple((prefix, self._replica.birds.digest(prefix)) for prefix in session.asked)
         context = self._replica.shareable_context(fading).fingerprint()
-        return SyncAsk(session.number, hashes, context, tuple(self._replica.nodes.values()), view)
+        return SyncAsk(session.number, hashes, context, self._nodes(fading), view)
 
     def answer(self, ask: SyncAsk, fading: Iterable[Life], view: frozenset[Life]) -> SyncAnswer:
         birds = self._replica.birds
@@ -76,7 +76,11 @@ class Sync:
         if not children and not leaves and any(prefix == ROOT for prefix, _ in ask.hashes):
             shared = self._replica.shareable_context(fading)
             context = shared if shared.fingerprint() != ask.context else None
-        return SyncAnswer(ask.session, tuple(children.items()), content, context, tuple(self._replica.nodes.values()), view)
+        return SyncAnswer(ask.session, tuple(children.items()), content, context, self._nodes(fading), view)
+
+    def _nodes(self, fading: Iterable[Life]) -> tuple[NodeRecord, ...]:
+        gone = set(fading)
+        return tuple(record for life, record in self._replica.nodes.items() if life not in gone)
 
     def proceed(self, peer: Life, answer: SyncAnswer) -> Progress | None:
         """Takes an answer in; `None` if nobody waits for it (a duplicate, or of an older comparison)."""

@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -288,12 +289,19 @@ def forget(flock: str) -> None:
 # Hosts
 
 
+@cache
+def _host_class(is_async: bool) -> Any:
+    """The actor class of a host. Made once: Ray exports each one it is given, and every new process would fetch it anew."""
+    from flock_ray.runtime.host import AsyncHostActor, HostActor
+
+    make: Any = ray.remote
+    return make(concurrency_groups={"ctl": 2})(AsyncHostActor if is_async else HostActor)
+
+
 def start_host(
     name: str, boot: bytes, nest: ActorHandle[Any], node: str, options: Options, is_async: bool, env: str | None
 ) -> ActorHandle[Any]:
     """Starts the process for one bird on a node, under the runtime_env of who started the bird (V3)."""
-    from flock_ray.runtime.host import AsyncHostActor, HostActor
-
     ray_options: dict[str, Any] = {
         "name": name,
         "namespace": NAMESPACE,
@@ -311,13 +319,10 @@ def start_host(
         ray_options["accelerator_type"] = options.accelerator_type
     if env:
         ray_options["runtime_env"] = json.loads(env)
-    make: Any = ray.remote
-    if is_async:
-        cls: Any = make(concurrency_groups={"ctl": 2})(AsyncHostActor)
-        ray_options["max_concurrency"] = options.max_concurrency if options.max_concurrency > 1 else 1000
-    else:
-        cls = make(concurrency_groups={"ctl": 2})(HostActor)
-        ray_options["max_concurrency"] = options.max_concurrency
+    # An async actor's `max_concurrency` bounds what interleaves; a plain one's threads run methods side by side.
+    interleaved = options.max_concurrency if options.max_concurrency > 1 else 1000
+    ray_options["max_concurrency"] = interleaved if is_async else options.max_concurrency
+    cls = _host_class(is_async)
     handle: ActorHandle[Any] = cls.options(**ray_options).remote(boot, nest)
     return handle
 

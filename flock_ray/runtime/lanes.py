@@ -152,8 +152,12 @@ class Lane:
 
     # On any thread
 
-    def settle(self, message: Pending, reply: Reply, outcome: Opened | Exception) -> None:
-        """Takes what became of a message. The second to say so is ignored."""
+    def settle(self, message: Pending, reply: Reply, outcome: Opened | Exception, *, here: bool = False) -> None:
+        """Takes what became of a message. The second to say so is ignored.
+
+        Args:
+            here: the sender says so, on the thread that waits.
+        """
         with self._lock:
             if message.reply is not reply or message.fate is not None:
                 return
@@ -172,6 +176,8 @@ class Lane:
                 self._forget_before(message.order)
         if isinstance(outcome, Exception):
             message.fail(outcome)
+        elif here:
+            message.answered_here(outcome)
         else:
             message.answered(outcome)
 
@@ -200,8 +206,9 @@ class Lane:
 
     def _forget_before(self, order: int) -> None:
         """An answer that is no refusal: all that was sent before has begun, so it is never to be sent again for the order's sake."""
-        for place in tuple(itertools.takewhile(lambda place: place < order, self._sent)):
-            self._sent.pop(place).begun = True
+        if self._sent and next(iter(self._sent)) < order:
+            for place in tuple(itertools.takewhile(lambda place: place < order, self._sent)):
+                self._sent.pop(place).begun = True
 
     def _watch(self) -> None:
         # One watched reply a lane, the newest: it tells of all before it. Watching each would cost a fifth of the rate (measured).

@@ -239,6 +239,18 @@ class Nest:
     def _do_Forget(self, effect: do.Forget) -> None:
         self._hosts.forget(effect.dot)
 
+    def _do_StartAfresh(self, effect: do.StartAfresh) -> None:
+        del effect
+        if not self._ending:
+            self._ending = True
+            self._task(self._start_afresh())
+
+    async def _start_afresh(self) -> None:
+        logger.warning("this nest was out of contact for too long; it ends its birds and joins as new")
+        await self._hosts.end_all("moved", SHUTDOWN)
+        _flush_all(logging.getLogger().handlers)
+        os._exit(1)  # Ray starts its next life, which finds nothing to adopt
+
     def _do_ProbeNode(self, effect: do.ProbeNode) -> None:
         self._task(self._probe(effect.life))
 

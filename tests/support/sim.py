@@ -141,6 +141,7 @@ class World:
         self.requests: dict[str, tuple[str, Name, Node]] = {}
         self.outcomes: dict[str, ev.Outcome] = {}
         self.moved_states = 0
+        self.fresh_starts = 0
         self.calming = False
         rng = self.rng
         self.nodes = [
@@ -355,6 +356,13 @@ class World:
                 winner = nest.replica.winner(host.name)
                 if winner is None or winner[0] != host.dot:
                     self.must.pop(host.dot, None)
+
+    def _do_StartAfresh(self, node: Node, nest: Registry, effect: do.StartAfresh) -> None:
+        self.log(f"{nest.me} starts afresh")
+        self.fresh_starts += 1
+        node.nest = None
+        self._end_hosts(node)
+        self.at(1.0, lambda: self._back(node, nest.me.number))
 
     def _do_ProbeNode(self, node: Node, nest: Registry, effect: do.ProbeNode) -> None:
         other = self.node(effect.life)

@@ -630,6 +630,8 @@ class Message:
 
 
 members = st.integers(0, 2)
+FATES = ["once", "once", "again", "lost"]
+SOME = [slice(None), slice(1), slice(1, None)]
 few_keys = st.sampled_from(KEYS[:3])  # few, so that the replicas often speak of the same
 
 
@@ -669,7 +671,7 @@ class Flock(RuleBasedStateMachine):
         self.models[replica].learn({dot: key}, set(), {dot: value})
         self.tell(replica, [change], {dot: key}, set(), {dot: value})
 
-    @rule(replica=members, key=few_keys, which=st.sampled_from([slice(None), slice(1), slice(1, None)]))
+    @rule(replica=members, key=few_keys, which=st.sampled_from(SOME))
     def remove(self, replica: int, key: str, which: slice) -> None:
         dots = set(sorted(self.models[replica].of_key(key))[which])
         change = self.sets[replica].remove(key, dots)
@@ -698,9 +700,9 @@ class Flock(RuleBasedStateMachine):
         self.tell(replica, changes, {dot: key}, gone, {dot: value})
 
     @precondition(lambda self: self.network)
-    @rule(data=st.data(), fate=st.sampled_from(["once", "once", "again", "lost"]))
-    def deliver(self, data: st.DataObject, fate: str) -> None:
-        index = data.draw(st.integers(0, len(self.network) - 1))
+    @rule(at=st.integers(0, 99), fate=st.sampled_from(FATES))
+    def deliver(self, at: int, fate: str) -> None:
+        index = at % len(self.network)
         receiver, message = self.network[index] if fate == "again" else self.network.pop(index)
         if fate != "lost":
             self.receive(receiver, message)
@@ -712,9 +714,9 @@ class Flock(RuleBasedStateMachine):
         self.parts.append((receiver, self.sets[sender].part(keys=keys), snapshot))
 
     @precondition(lambda self: self.parts)
-    @rule(data=st.data())
-    def deliver_a_part(self, data: st.DataObject) -> None:
-        receiver, part, theirs = self.parts[data.draw(st.integers(0, len(self.parts) - 1))]
+    @rule(at=st.integers(0, 99))
+    def deliver_a_part(self, at: int) -> None:
+        receiver, part, theirs = self.parts[at % len(self.parts)]
         mine, before = self.models[receiver], self.models[receiver].entries()
         self.check_news(receiver, self.sets[receiver].delta_against(part), part, theirs)
         changes = self.sets[receiver].join_part(part)
@@ -797,4 +799,41 @@ class Flock(RuleBasedStateMachine):
 
 
 TestThreeReplicasAgreeWithTheModel = Flock.TestCase
-TestThreeReplicasAgreeWithTheModel.settings = settings(max_examples=500, stateful_step_count=50, deadline=None)
+TestThreeReplicasAgreeWithTheModel.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_three_replicas_agree_with_the_model_in_random_walks(seed: int) -> None:
+    """The same steps drawn evenly. Hypothesis finds the shortest story of a fault, but seldom gets to a late, doubled part of a
+    replica that has removed what is live here: 1 of 1,392 parts there, 24 of 862 here.
+    """
+    rng = random.Random(seed)
+    flock = Flock()
+    flock.start()
+    for _ in range(80):
+        one, other, key, value = rng.randrange(3), rng.randrange(3), rng.choice(KEYS[:3]), rng.randrange(10)
+        at = rng.randrange(100)
+        choice = rng.randrange(16)
+        if choice < 2:
+            flock.add(one, key, value)
+        elif choice < 4:
+            flock.remove(one, key, rng.choice(SOME))
+        elif choice < 5:
+            flock.update(one, key, value)
+        elif choice < 6:
+            flock.replace_in_one_delta(one, key, value)
+        elif choice < 10 and flock.network:
+            flock.deliver(at, rng.choice(FATES))
+        elif choice < 11:
+            flock.send_a_part(one, other, set(rng.sample(KEYS[:3], rng.randint(1, 3))))
+        elif choice < 13 and flock.parts:
+            flock.deliver_a_part(at)
+        elif choice < 14:
+            flock.synchronise(one, other)
+        elif choice < 15:
+            flock.take_the_whole_context_if_equal(one, other)
+        elif rng.random() < 0.2:
+            flock.restart(one, rng.random() < 0.5)
+        flock.every_replica_is_as_its_model()
+        flock.equal_entries_are_equal_digests()
+    flock.teardown()
