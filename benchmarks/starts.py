@@ -20,10 +20,9 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from calls import local_cluster, local_flock, wait_until  # first: it sets Ray's environment up
-
 import psutil
 import ray
+from calls import local_cluster, local_flock, wait_until  # first: it sets Ray's environment up
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import flock_ray

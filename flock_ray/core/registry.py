@@ -531,8 +531,9 @@ class Registry:
         for peer in membership.absent():
             if peer.absent_since == 0.0:
                 peer.absent_since = self.now  # known by hearsay only
-            elif peer.absent_since <= self.now - horizon and self.replica.forget(peer.life):
-                if peer.absent_since <= self.now - REMEMBERED * horizon:
+            elif peer.absent_since <= self.now - horizon:
+                forgotten = self.replica.forget(peer.life)
+                if forgotten and peer.absent_since <= self.now - REMEMBERED * horizon:
                     del membership.peers[peer.life]
 
     # Small things

@@ -20,7 +20,7 @@ from flock_ray.config import Config
 from flock_ray.core import events as ev
 from flock_ray.errors import CallTimeout
 from flock_ray.runtime.courier import Courier
-from flock_ray.runtime.links import Down, Links, NestLink, NoAnswer, Raw, Reply
+from flock_ray.runtime.links import Down, Links, NestLink, NoAnswer, Raw, Reply, answer_of
 from flock_ray.runtime.pending import FOREVER, named_error
 from flock_ray.specs import Dot, Name, Route, Spec
 
@@ -161,18 +161,6 @@ class Asks:
         if self._nest is not None:
             with contextlib.suppress(Exception):  # it was only a favour
                 self._nest.ask(pickle.dumps(ev.Cancel(request), protocol=5))
-
-
-async def answer_of(reply: Reply, timeout: float | None) -> Raw:
-    """Waits for a reply on an event loop. Raises as `Reply.get`."""
-    there = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    reply.on_done(lambda: loop.call_soon_threadsafe(there.set))
-    try:
-        await asyncio.wait_for(there.wait(), timeout)
-    except TimeoutError as error:
-        raise NoAnswer from error
-    return reply.get(0)
 
 
 def _id() -> str:

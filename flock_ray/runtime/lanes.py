@@ -28,8 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from flock_ray import errors
 from flock_ray.core import events as ev
 from flock_ray.core import wire
-from flock_ray.runtime.asks import answer_of
-from flock_ray.runtime.links import Down, Link, NoAnswer, Reply
+from flock_ray.runtime.links import Down, Link, NoAnswer, Reply, answer_of
 from flock_ray.runtime.pending import Opened, Pending, named_error, open_raw
 from flock_ray.specs import Name, Route
 
@@ -191,6 +190,12 @@ class Lane:
         except Exception as error:  # `Down`, or what became of an argument
             outcome = error
         self.settle(message, reply, outcome)
+
+    def reply_or_watch(self, message: Pending) -> Reply | None:
+        """The reply to wait for. None if it is not sent: then the courier will watch it."""
+        with self._lock:
+            message.to_be_watched = True
+            return message.reply if message.fate is None else None
 
     def abandon(self, message: Pending) -> None:
         """Nobody waits for it any more: it is not sent, or taken out of the mailbox if its method has not begun (C5)."""
@@ -429,7 +434,7 @@ class Lane:
                 except Exception as error:  # a cycle; or Ray did not take it
                     failed.append((message, error))
                     continue
-                if not message.cast:
+                if message.to_be_watched:
                     message.watch(reply)
                 elif not self._watching:
                     self._watch()

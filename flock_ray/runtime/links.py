@@ -8,6 +8,8 @@ an event loop.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -114,6 +116,30 @@ class Links(Protocol):
     def forget_hosts(self) -> None:
         """Drops what is kept of hosts."""
         ...
+
+
+async def answer_of(reply: Reply, timeout: float | None) -> Raw:
+    """Waits for a reply on any event loop. Raises as `Reply.get`."""
+    loop = asyncio.get_running_loop()
+    there = loop.create_future()
+
+    def done() -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(_wake, there)
+
+    reply.on_done(done)
+    timer = loop.call_later(timeout, _wake, there) if timeout is not None else None
+    try:
+        await there
+    finally:
+        if timer is not None:
+            timer.cancel()
+    return reply.get(0)
+
+
+def _wake(sleeper: asyncio.Future[None]) -> None:
+    if not sleeper.done():
+        sleeper.set_result(None)
 
 
 class RayReply:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flock_ray import errors
 from flock_ray.core import wire
 from flock_ray.runtime import payload
-from flock_ray.runtime.links import Down, NoAnswer, Raw, Reply
+from flock_ray.runtime.links import Down, NoAnswer, Raw, Reply, answer_of
 from flock_ray.specs import Dot, Name
 
 if TYPE_CHECKING:
@@ -35,6 +35,10 @@ class Default(Enum):
     TIMEOUT = "call_timeout"
 
 
+_PLAIN = wire.Answer("result")
+_RESULT = wire.encode(_PLAIN)  # how nearly all answers begin; to unpickle it costs 2.7 us each time (measured)
+
+
 class Opened(NamedTuple):
     """An answer whose head was read."""
 
@@ -44,9 +48,12 @@ class Opened(NamedTuple):
 
 
 def open_raw(raw: Raw) -> Opened:
-    """Reads the head of an answer. Casts are answered by nothing at all."""
-    if not raw.message:
-        return Opened(wire.Answer("result"), b"", ())
+    """Reads the head of an answer. Casts may be answered by nothing at all."""
+    message, extra = raw
+    if message.startswith(_RESULT):
+        return Opened(_PLAIN, memoryview(message)[len(_RESULT) :], extra)
+    if not message:
+        return Opened(_PLAIN, b"", ())
     answer, body = wire.decode(raw.message)
     return Opened(answer, body, raw.extra)
 
@@ -152,6 +159,7 @@ class Pending(Future[Any]):
         self.order = -1
         self.fate: str | Down | None = None
         self.waits_without_deadline = False
+        self.to_be_watched = False  # once it is sent (again)
         self._armed = False
         self._timer: asyncio.TimerHandle | None = None
         self._opened: Opened | None = None
@@ -226,6 +234,7 @@ class Pending(Future[Any]):
     # What the lane and the courier call
 
     def answered(self, opened: Opened) -> None:
+        self._armed = True  # else the base class, which looks for waiters now, would have it armed
         try:
             self.set_result(opened)
         except InvalidStateError:  # cancelled or timed out just now
@@ -241,6 +250,7 @@ class Pending(Future[Any]):
             self.finished = True
 
     def fail(self, error: BaseException) -> None:
+        self._armed = True
         try:
             self.set_exception(error)
         except InvalidStateError:
@@ -261,8 +271,9 @@ class Pending(Future[Any]):
         if self._armed:
             return
         self._armed = True
-        if self.reply is not None:
-            self.watch(self.reply)
+        reply = self.lane.reply_or_watch(self)
+        if reply is not None:
+            self.watch(reply)
         if self.deadline != FOREVER:
             self.lane.client.courier.post(self.set_timer)
 
@@ -286,6 +297,25 @@ class Pending(Future[Any]):
 
     async def wait_async(self) -> Any:
         """The result, on any event loop. To cancel it takes the message back."""
+        try:
+            await self._wait_async()
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        return self.value()
+
+    async def _wait_async(self) -> None:
+        reply = self.reply
+        if reply is not None and self.fate is None and not self._armed and not self.finished:
+            try:
+                raw = await answer_of(reply, None if self.deadline == FOREVER else max(0.0, self.deadline - time.monotonic()))
+                self.lane.settle(self, reply, open_raw(raw), here=True)
+            except NoAnswer:
+                self.expire()
+            except Exception as error:  # `Down`; or an argument's task failed
+                self.lane.settle(self, reply, error)
+        if self.finished:
+            return
         loop = asyncio.get_running_loop()
         woken = loop.create_future()
 
@@ -295,12 +325,7 @@ class Pending(Future[Any]):
 
         super().add_done_callback(wake)
         self.arm()
-        try:
-            await woken
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-        return self.value()
+        await woken
 
     def set_timer(self) -> None:
         """Has it expire at its deadline, for those who do not wait themselves. On the courier."""
@@ -310,23 +335,30 @@ class Pending(Future[Any]):
 
     def _wait(self, timeout: float | None) -> None:
         until = self.deadline if timeout is None else min(self.deadline, time.monotonic() + timeout)
-        reply = self.reply
         if self.detached and not self.finished:
             self.lane.client.check_waiting(self)
-        if reply is not None and self.fate is None and not self._armed and not self.finished:
-            try:
-                raw = reply.get(None if until == FOREVER else max(0.0, until - time.monotonic()))
-                self.lane.settle(self, reply, open_raw(raw), here=True)
-            except Down as down:
-                self.lane.settle(self, reply, down)
-            except NoAnswer:
-                if until < self.deadline:
-                    raise TimeoutError(f"no result of {self.method!r} of bird {self.lane.name!r} within {timeout} s yet") from None
-                self.expire()
-            except Exception as error:  # an argument's task failed
-                self.lane.settle(self, reply, error)
-        if not self.finished:
-            self._wait_for_courier(until)
+        if self.reply is not None and not self._armed:
+            self._wait_here(self.reply, until)
+        while not self.finished:
+            reply = self.lane.reply_or_watch(self)
+            if reply is None or self._armed:
+                self._wait_for_courier(until)
+                return
+            self._wait_here(reply, until)
+
+    def _wait_here(self, reply: Reply, until: float) -> None:
+        """Waits for the reply on this thread. What has no answer then is with the courier."""
+        if self.fate is not None or self.finished:
+            return
+        try:
+            raw = reply.get(None if until == FOREVER else max(0.0, until - time.monotonic()))
+            self.lane.settle(self, reply, open_raw(raw), here=True)
+        except NoAnswer:
+            if until < self.deadline:
+                raise TimeoutError(f"no result of {self.method!r} of bird {self.lane.name!r} in the time it was waited for") from None
+            self.expire()
+        except Exception as error:  # `Down`; or an argument's task failed
+            self.lane.settle(self, reply, error)
 
     def _wait_for_courier(self, until: float) -> None:
         late = SLACK if until == self.deadline else 0.0

@@ -89,8 +89,8 @@ def test_an_unknown_or_impossible_option_is_named(given, named):
 
 def test_every_option_of_a_spec_can_be_given():
     given = {
-        "light": False, "restart": "permanent", "max_restarts": 0, "healthy_after": 1, "on_error": "crash", "if_exists": "ok", "ack": "peer",
-        "moves": False, "start_timeout": 5,
+        "light": False, "restart": "permanent", "max_restarts": 0, "healthy_after": 1, "on_error": "crash", "if_exists": "ok",
+        "ack": "peer", "moves": False, "start_timeout": 5,
         "stop_timeout": 1, "num_cpus": 0.5, "num_gpus": 1, "memory": 1e9, "resources": {"b": 1, "a": 2},
         "accelerator_type": "T4", "label_selector": {"zone": "a"}, "max_concurrency": 4,
     }  # fmt: skip
