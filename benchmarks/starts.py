@@ -111,9 +111,8 @@ def main() -> None:
     print(f"{options.birds} starts on {options.nodes} nodes until all have answered:")
     print(f"  bare actors  {result['seconds']['actors']:6.2f} s")
     verdict = "met" if result["ratio"] <= TARGET else "MISSED"
-    print(
-        f"  birds        {result['seconds']['birds']:6.2f} s  {result['ratio']:.2f}x ({low:.2f} to {high:.2f}), target <= {TARGET}x: {verdict}"
-    )
+    ratio = f"{result['ratio']:.2f}x ({low:.2f} to {high:.2f})"
+    print(f"  birds        {result['seconds']['birds']:6.2f} s  {ratio}, target <= {TARGET}x: {verdict}")
     if options.json:
         Path(options.json).write_text(json.dumps(result))
 

@@ -5,7 +5,7 @@ calls it directly: nests have a thread of their own for it, and clients keep wha
 
 Private API, each behind one function here and pinned by `tests/cluster/test_private_api.py`:
 `ray.experimental.internal_kv` (a flock's record), `worker.gcs_client.pin_runtime_env_uri` (V3), `core_worker.get_job_config` (the
-driver's `sys.path`).
+driver's `sys.path`), `ActorHandle._get_local_state` (whether an actor is known to be dead, without a call).
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ NAMESPACE = "flock_ray"
 PIN_SECONDS = 3600  # how long a runtime_env's package is kept after its last renewal
 BOOT_SECONDS = 90.0  # a nest is a new process on a machine that may be busy
 _KV = b"flock_ray"
+_ACTOR_DEAD = 4  # Ray's ActorTableData.DEAD
 
 
 # A flock's record in Ray's key-value store
@@ -345,6 +346,12 @@ def host_handle(name: str) -> ActorHandle[Any]:
 
 def forget_host(name: str) -> None:
     _hosts.pop(name, None)
+
+
+def death_watch(handle: ActorHandle[Any]) -> Callable[[], bool] | None:
+    """Asks what Ray has told this process of an actor's death: 0.3 us, and no message. `None` under Ray Client, whose handles differ."""
+    state = getattr(handle, "_get_local_state", None) if isinstance(handle, ActorHandle) else None
+    return None if state is None else lambda: state() == _ACTOR_DEAD
 
 
 # What a starter brings along

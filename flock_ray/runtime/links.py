@@ -23,7 +23,6 @@ from flock_ray.config import Config
 from flock_ray.runtime import cluster
 from flock_ray.specs import Route
 
-_DEAD = 4  # Ray's ActorTableData.DEAD
 _LOOK_AGAIN = 0.01  # seconds: in a burst of calls the look gives the GIL away each time, which cost a tenth of the rate (measured)
 
 
@@ -180,18 +179,15 @@ class _RayLink:
         self.used_at = time.monotonic()
         self._gone = False
         self._looked_at = 0.0
-        # private, and so optional; Ray Client's handles would make a remote method of it
-        self._state: Callable[[], int | None] | None = (
-            getattr(handle, "_get_local_state", None) if isinstance(handle, ActorHandle) else None
-        )
+        self._is_dead = cluster.death_watch(handle)
 
     def lost(self) -> bool:
         """Ray tells every holder of a handle of the actor's death; asking what it was told takes 0.3 us."""
-        if not self._gone and self._state is not None:
+        if not self._gone and self._is_dead is not None:
             now = time.monotonic()
             if now - self._looked_at > _LOOK_AGAIN:
                 self._looked_at = now
-                self._gone = self._state() == _DEAD
+                self._gone = self._is_dead()
         return self._gone
 
     def went_down(self, error: Exception) -> Down:

@@ -8,6 +8,7 @@ import ray
 from ray.experimental import internal_kv
 
 from flock_ray.runtime import cluster
+from tests.cluster.conftest import eventually
 
 
 def test_the_key_value_store_puts_once_gets_lists_and_deletes(flyground):
@@ -37,3 +38,16 @@ def test_the_node_table_has_what_we_read(flyground):
     nodes = cluster.nodes()
     assert len(nodes) == 3
     assert all(node.cpus == 2 and node.raylet_port > 0 and node.ip for node in nodes.values())
+
+
+def test_an_actors_death_is_known_without_a_call(flyground):
+    class Plain:
+        def ok(self):
+            return True
+
+    actor = ray.remote(num_cpus=0)(Plain).remote()
+    assert ray.get(actor.ok.remote())
+    is_dead = cluster.death_watch(actor)
+    assert not is_dead()
+    ray.kill(actor)
+    eventually(is_dead, "Ray has told this process", deadline=10)
