@@ -170,3 +170,13 @@ class Witness:
 
     def on_stop(self, reason: str) -> None:
         self.write(f"on_stop {reason}")
+
+
+class SlowToStop:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_stop(self, reason: str) -> None:
+        with open(self.path, "w") as file:
+            file.write(reason)
+        time.sleep(3)

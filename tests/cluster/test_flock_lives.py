@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,20 @@ def test_destroy_ends_every_bird_and_the_next_init_is_a_new_life(flyground, tmp_
     flock.init()
     assert flock.count() == 0
     flock.destroy()
+
+
+def test_a_start_while_destroy_runs_is_refused(flyground, tmp_path):
+    flock = flock_ray.Flock("ending")
+    flock.init()
+    flock.start("slow", birds.SlowToStop, str(tmp_path / "stopping"))
+    flock.wait("slow", timeout=60)
+    ending = threading.Thread(target=flock.destroy)
+    ending.start()
+    eventually((tmp_path / "stopping").exists, "the flock is ending")
+    with pytest.raises(flock_ray.FlockNotRunning, match="being destroyed"):
+        flock_ray.Flock("ending").start("late", birds.Counter)
+    ending.join(60)
+    assert not ending.is_alive()
 
 
 def test_nests_come_to_nodes_that_join_later(flyground):
