@@ -74,6 +74,8 @@ class Requests:
 
     async def _started(self, client: Client, name: Name, spec: Spec, code: bytes) -> Dot:
         accepted = await client.asks.start(name, spec, code, time.time_ns(), self._until(client, DEFAULT))
+        if not accepted.existed:
+            client.outdate(name)
         return accepted.dot
 
     def _handle(self, client: Client, name: Name, dot: Dot, cls: object) -> Bird[Any]:
@@ -82,10 +84,12 @@ class Requests:
     async def _stop(self, name: object) -> None:
         client, plain, dot = self._target(name)
         await client.asks.stop(plain, dot, self._until(client, DEFAULT))
+        client.outdate(plain)
 
     async def _restart(self, name: object) -> None:
         client, plain, dot = self._target(name)
         await client.asks.restart(plain, dot, self._until(client, DEFAULT))
+        client.outdate(plain)
 
     async def _wait(self, names: object, state: str, timeout: float | Default | None) -> None:
         if state not in ("running", "gone"):

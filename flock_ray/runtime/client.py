@@ -171,6 +171,12 @@ class Client:
         if known is not None and known[0] == route:
             self._routes.pop(route.name, None)
 
+    def outdate(self, name: Name) -> None:
+        """This process has stopped, restarted or started a bird: the way it knew is not used again, even if the host still answers."""
+        known = self._routes.pop(name, None)
+        if known is not None:
+            known[1].retire()
+
     def check_waiting(self, message: Pending) -> None:
         """Refuses to wait for a future where that would stop a bird for ever.
 

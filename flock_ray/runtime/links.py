@@ -66,6 +66,10 @@ class Link(Protocol):
         """Is it known that nothing sent from now on can run?"""
         ...
 
+    def retire(self) -> None:
+        """Counts it as lost: this process has just ended the life at its other end, and has to see that itself (C3)."""
+        ...
+
     def send(self, message: bytes, extra: Sequence[Any]) -> Reply: ...
 
     def control(self, message: bytes) -> Reply: ...
@@ -189,6 +193,9 @@ class _RayLink:
                 self._looked_at = now
                 self._gone = self._is_dead()
         return self._gone
+
+    def retire(self) -> None:
+        self._gone = True
 
     def went_down(self, error: Exception) -> Down:
         text = str(error)

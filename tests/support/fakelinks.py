@@ -92,6 +92,9 @@ class FakeHost:
     def lost(self) -> bool:
         return self.gone
 
+    def retire(self) -> None:
+        self.gone = True
+
     def send(self, data: bytes, extra: Sequence[Any]) -> FakeReply:
         message = Message(data, extra)
         self.got.append(message)
