@@ -1,46 +1,52 @@
-"""Named, stateful actors on Ray that survive the loss of any node, the head included.
+"""Named, stateful actors on Ray that survive the loss of their node.
 
 The functions are documented where they are defined: most of them are methods of `Flock`, applied to the current flock.
+
+Names are loaded when they are first used: a host is a new process, and what its bird does not use costs it nothing.
 """
 
-from flock_ray.bird import Bird, Method
-from flock_ray.config import Config
-from flock_ray.errors import (
-    BirdCrashed,
-    BirdExists,
-    BirdNotFound,
-    BirdUnavailable,
-    CallCycle,
-    CallTimeout,
-    FlockError,
-    FlockNotRunning,
-    MailboxFull,
-    RemoteError,
-)
-from flock_ray.flock import (
-    Flock,
-    aio,
-    alive,
-    bird,
-    birds,
-    call,
-    cast,
-    count,
-    defaults,
-    destroy,
-    info,
-    init,
-    nests,
-    options,
-    restart,
-    shutdown,
-    start,
-    stop,
-    wait,
-    where,
-)
-from flock_ray.runtime.inside import Me, Timer, leave, me, send_after, send_every
-from flock_ray.specs import BirdInfo, NestInfo
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flock_ray.api.bird import Bird, Method
+    from flock_ray.api.flock import (
+        Flock,
+        aio,
+        alive,
+        bird,
+        birds,
+        call,
+        cast,
+        count,
+        defaults,
+        destroy,
+        info,
+        init,
+        nests,
+        options,
+        restart,
+        shutdown,
+        start,
+        stop,
+        wait,
+        where,
+    )
+    from flock_ray.config import Config
+    from flock_ray.errors import (
+        BirdCrashed,
+        BirdExists,
+        BirdNotFound,
+        BirdUnavailable,
+        CallCycle,
+        CallTimeout,
+        FlockError,
+        FlockNotRunning,
+        MailboxFull,
+        RemoteError,
+    )
+    from flock_ray.runtime.inside import Me, Timer, leave, me, send_after, send_every
+    from flock_ray.specs import BirdInfo, NestInfo
 
 __all__ = [
     "Bird",
@@ -85,3 +91,25 @@ __all__ = [
     "wait",
     "where",
 ]
+
+_HOMES = (  # where the names above are, the cheaper first
+    "flock_ray.errors",
+    "flock_ray.specs",
+    "flock_ray.config",
+    "flock_ray.runtime.inside",
+    "flock_ray.api.bird",
+    "flock_ray.api.flock",
+)
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        for home in map(import_module, _HOMES):
+            if name in vars(home):
+                globals()[name] = vars(home)[name]
+                return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

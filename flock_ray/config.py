@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -95,6 +94,8 @@ def check_known(kind: str, given: dict[str, Any], known: list[str]) -> None:
     """Refuses keywords that are not known, naming the first and what was probably meant."""
     for key in given:
         if key not in known:
+            import difflib  # loaded when it is needed: a host is a new process
+
             near = difflib.get_close_matches(key, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
             raise TypeError(f"{key!r} is no {kind}{hint}")

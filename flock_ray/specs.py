@@ -7,7 +7,7 @@ specs are frozen and compared by class and arguments, never by code bytes (S5).
 from __future__ import annotations
 
 import uuid
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeAlias
 
@@ -87,8 +87,7 @@ def name_hash(name: Name) -> int:
     return stable_hash(encode_name(name))
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """How a bird is run. DESIGN's table of options; `flock_ray.options` checks what users give.
 
     `resources` and `label_selector` are sorted tuples of pairs, so that equal options are equal and hashable.
@@ -126,8 +125,7 @@ class Options:
         return bool(self.demand or self.label_selector)
 
 
-@dataclass(frozen=True, slots=True)
-class Spec:
+class Spec(NamedTuple):
     """What was asked for at `start`. `args` is the pickle of `(args, kwargs)`; no nest ever unpickles it (S5)."""
 
     module: str
@@ -144,15 +142,14 @@ class Spec:
         return (self.module, self.qualname, self.args) == (other.module, other.qualname, other.args)
 
     def stamped(self, stamp: Stamp) -> Spec:
-        return replace(self, stamp=stamp)
+        return self._replace(stamp=stamp)
 
     @property
     def class_name(self) -> str:
         return f"{self.module}.{self.qualname}"
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
+class Status(NamedTuple):
     """What the nest that holds a dot says of it (S6). The later by (incarnation, nest life, sequence) is kept."""
 
     incarnation: int
@@ -170,8 +167,7 @@ class Status:
         return (self.incarnation, self.life, self.sequence)
 
 
-@dataclass(frozen=True, slots=True)
-class NodeRecord:
+class NodeRecord(NamedTuple):
     """What a nest says of its node: fixed for a nest life, so equal views have equal rings."""
 
     life: Life
@@ -182,8 +178,7 @@ class NodeRecord:
     peer: str = ""  # the name of the nest's Ray actor
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(NamedTuple):
     """Where a bird's life can be called."""
 
     name: Name

@@ -1,7 +1,7 @@
 """What goes into a registry: frozen dataclasses that a shell hands to `Registry.handle`, and how clients' requests among them end.
 
-What comes out is in `core/effects.py`, what nests say to each other in `core/messages.py`. Clients and hosts import this file and not
-those: a host is a new process, and each dataclass costs it most of a millisecond.
+What comes out is in `core/effects.py`, what nests say to each other in `core/messages.py`. Clients import this file
+and not those.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+from flock_ray.core.wire import LifeCrashed, LifeEnded, LifeExited, LifeRunning
 from flock_ray.specs import Dot, Life, Name, NodeRecord, Route, Spec
 
 if TYPE_CHECKING:
@@ -135,42 +136,6 @@ class Cancel:
     """The client of a request has gone or lost patience."""
 
     request: str
-
-
-@dataclass(frozen=True, slots=True)
-class LifeRunning:
-    """A life's `__init__` has returned. `born` is its incarnation when it was hatched, and tells lives of a dot apart."""
-
-    dot: Dot
-    born: int
-    host: str
-
-
-@dataclass(frozen=True, slots=True)
-class LifeCrashed:
-    """A life ended of itself: `__init__` raised, it crashed, its process died."""
-
-    dot: Dot
-    born: int
-    error: str
-
-
-@dataclass(frozen=True, slots=True)
-class LifeExited:
-    """A life left in good order (`leave("normal")`)."""
-
-    dot: Dot
-    born: int
-
-
-@dataclass(frozen=True, slots=True)
-class LifeEnded:
-    """The answer to `EndLife`: its process is gone, or only keeps the record."""
-
-    dot: Dot
-    born: int
-    state: bytes | None = None
-    handed_over: bool = False
 
 
 Event: TypeAlias = (

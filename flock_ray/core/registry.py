@@ -21,7 +21,7 @@ from flock_ray.config import Config
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
-from flock_ray.core import notices
+from flock_ray.core import notices, wire
 from flock_ray.core.barrier import Barrier
 from flock_ray.core.desk import Desk
 from flock_ray.core.handover import Handover
@@ -302,16 +302,16 @@ class Registry:
 
     # What hosts say of lives
 
-    def _on_LifeRunning(self, event: ev.LifeRunning) -> None:
+    def _on_LifeRunning(self, event: wire.LifeRunning) -> None:
         self.supervision.running(event)
 
-    def _on_LifeCrashed(self, event: ev.LifeCrashed) -> None:
+    def _on_LifeCrashed(self, event: wire.LifeCrashed) -> None:
         self.supervision.crashed(event)
 
-    def _on_LifeExited(self, event: ev.LifeExited) -> None:
+    def _on_LifeExited(self, event: wire.LifeExited) -> None:
         self.supervision.exited(event)
 
-    def _on_LifeEnded(self, event: ev.LifeEnded) -> None:
+    def _on_LifeEnded(self, event: wire.LifeEnded) -> None:
         self.supervision.ended(event)
 
     # Looking at a name

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TypeVar
 
@@ -46,7 +46,7 @@ class Record:
         module, qualname, code, options, runtime_env = kind
         spec = Spec(module, qualname, code, spec.args, options, runtime_env, spec.stamp, spec.request_id)
         if status is not None:
-            status = replace(status, life=_common(status.life), state=_common(status.state))
+            status = status._replace(life=_common(status.life), state=_common(status.state))
         return Record(spec, status)
 
 

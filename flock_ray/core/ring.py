@@ -179,7 +179,7 @@ def place(ring: Ring, replica: Replica, by_node: Mapping[str, Life]) -> tuple[di
             fits = all(free.get(node, {}).get(what, 0.0) + 1e-9 >= amount for what, amount in demand)
             if node in free and fits and _selected(labels[node], selector):
                 for what, amount in demand:
-                    free[node][what] -= amount
+                    free[node][what] = free[node].get(what, 0.0) - amount
                 table[name] = node
                 break
         else:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
-from flock_ray.core import notices
+from flock_ray.core import notices, wire
 from flock_ray.core.holds import BirdLife, Phase
 from flock_ray.core.replica import Record
 from flock_ray.specs import Dot, Name, Status
@@ -117,7 +117,7 @@ class Supervision:
 
     # What becomes of it
 
-    def running(self, event: ev.LifeRunning) -> None:
+    def running(self, event: wire.LifeRunning) -> None:
         life = self._nest.holds.life(event.dot, event.born)
         if life is None or life.phase is not Phase.STARTING:
             return
@@ -129,7 +129,7 @@ class Supervision:
         self._nest.notice(notices.BirdRunning(self._nest.me, life.name, life.dot, life.incarnation))
         self._nest.mark([life.name])
 
-    def crashed(self, event: ev.LifeCrashed) -> None:
+    def crashed(self, event: wire.LifeCrashed) -> None:
         life = self._nest.holds.life(event.dot, event.born)
         if life is None or life.phase is Phase.BACKOFF:
             return
@@ -169,7 +169,7 @@ class Supervision:
         life.due = at
         heapq.heappush(self._timers, (at, life.dot, life.born))
 
-    def exited(self, event: ev.LifeExited) -> None:
+    def exited(self, event: wire.LifeExited) -> None:
         life = self._nest.holds.life(event.dot, event.born)
         self._nest.effect(do.Forget(event.dot))
         if life is None:
@@ -187,7 +187,7 @@ class Supervision:
         self._nest.handover.answer_askers(life)
         self._nest.notice(notices.BirdStopped(self._nest.me, life.name, life.dot, life.incarnation))
 
-    def ended(self, event: ev.LifeEnded) -> None:
+    def ended(self, event: wire.LifeEnded) -> None:
         life = self._nest.holds.life(event.dot, event.born)
         if life is None or life.phase is Phase.BACKOFF:
             return

@@ -6,14 +6,15 @@ A message is a pickled head, which the receiver can read without touching what u
 
 The head of a `Call` says which bird is meant, from whom it comes and in which place of that caller's order; its body is the pickle of
 `(args, kwargs)`. Whoever turns a call away has not unpickled its arguments. Nests and hosts exchange heads without a body.
+
+Heads are named tuples: a host is a new process, and a dataclass costs it half a millisecond, five times a named tuple (measured).
 """
 
 from __future__ import annotations
 
 import pickle
 import struct
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flock_ray.specs import Dot, Life, Name, Spec
 
@@ -39,8 +40,7 @@ def decode(message: bytes) -> tuple[Any, memoryview]:
 # Callers to hosts
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """The head of a call or cast.
 
     Args:
@@ -59,13 +59,8 @@ class Call:
     chain: tuple[tuple[str, Name], ...] = ()
     cast: bool = False
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # A frozen dataclass with slots is pickled through Python code, 2.6 us a call slower than this (measured).
-        return (Call, (self.id, self.caller, self.order, self.dot, self.method, self.chain, self.cast))
 
-
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """The head of an answer. `kind` says what the body is:
 
     - `"result"`: the pickled result.
@@ -79,8 +74,7 @@ class Answer:
     error: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Withdraw:
+class Withdraw(NamedTuple):
     """Take a call that has not begun out of the mailbox; cancel it if it is a running `async def` (C5)."""
 
     id: str
@@ -89,8 +83,7 @@ class Withdraw:
 # Nests to hosts
 
 
-@dataclass(frozen=True, slots=True)
-class HatchOrder:
+class HatchOrder(NamedTuple):
     """Begin a life; answered by the event `LifeRunning` or `LifeCrashed`."""
 
     flock: str
@@ -105,8 +98,7 @@ class HatchOrder:
     has_state: bool
 
 
-@dataclass(frozen=True, slots=True)
-class EndOrder:
+class EndOrder(NamedTuple):
     """End a life in good order: the running method ends, later messages are answered "moved", `on_stop(reason)` is run, and with
     `keep` also `hand_over`, whose pickled result the host keeps until `ForgetOrder`. Answered by the event `LifeEnded`.
     """
@@ -118,30 +110,26 @@ class EndOrder:
     timeout: float
 
 
-@dataclass(frozen=True, slots=True)
-class RaiseOrder:
+class RaiseOrder(NamedTuple):
     dot: Dot
     born: int
     incarnation: int
 
 
-@dataclass(frozen=True, slots=True)
-class ForgetOrder:
+class ForgetOrder(NamedTuple):
     """A record or exit of this dot is not needed any more: the host may end."""
 
     dot: Dot
 
 
-@dataclass(frozen=True, slots=True)
-class ReportOrder:
+class ReportOrder(NamedTuple):
     """Say what you hold: answered with a `HostReport`."""
 
 
 # Hosts to nests
 
 
-@dataclass(frozen=True, slots=True)
-class HostReport:
+class HostReport(NamedTuple):
     """What a host holds: at most one of a life and a record, or an exit."""
 
     host: str
@@ -159,16 +147,46 @@ class HostReport:
     error: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class HostUp:
+class HostUp(NamedTuple):
     """A host's process is there."""
 
     host: str
     pid: int
 
 
-@dataclass(frozen=True, slots=True)
-class Welcome:
+class LifeRunning(NamedTuple):
+    """A life's `__init__` has returned. `born` is its incarnation when it was hatched, and tells lives of a dot apart."""
+
+    dot: Dot
+    born: int
+    host: str
+
+
+class LifeCrashed(NamedTuple):
+    """A life ended of itself: `__init__` raised, it crashed, its process died."""
+
+    dot: Dot
+    born: int
+    error: str
+
+
+class LifeExited(NamedTuple):
+    """A life left in good order (`leave("normal")`)."""
+
+    dot: Dot
+    born: int
+
+
+class LifeEnded(NamedTuple):
+    """The answer to `EndLife`: its process is gone, or only keeps the record."""
+
+    dot: Dot
+    born: int
+    state: bytes | None = None
+    handed_over: bool = False
+
+
+class Welcome(NamedTuple):
     """A nest's answer to a host's report: this life of the nest has adopted it."""
 
     nest: Life

@@ -31,6 +31,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flock_ray.config import Config
 from flock_ray.errors import FlockNotRunning
+from flock_ray.runtime.actors import AsyncHostActor, HostActor, NestActor
 from flock_ray.specs import NodeRecord, Options
 
 NAMESPACE = "flock_ray"
@@ -146,8 +147,6 @@ def nest_name(life: str, node: str) -> str:
 
 def start_nest(record: FlockLife, node: str) -> ActorHandle[Any]:
     """Starts the nest of a node, or finds it. Only from a process with a bare runtime_env: an actor inherits it (V3)."""
-    from flock_ray.runtime.nest import Nest  # here: clients need not import what only nests run
-
     options: dict[str, Any] = {
         "name": nest_name(record.life, node),
         "namespace": NAMESPACE,
@@ -159,7 +158,7 @@ def start_nest(record: FlockLife, node: str) -> ActorHandle[Any]:
         "max_concurrency": 100_000,  # long polls wait in it
         "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
     }
-    actor: Any = ray.remote(Nest)
+    actor: Any = ray.remote(NestActor)
     handle: ActorHandle[Any] = actor.options(**options).remote(pickle.dumps(record), node)
     return handle
 
@@ -293,8 +292,6 @@ def forget(flock: str) -> None:
 @cache
 def _host_class(is_async: bool) -> Any:
     """The actor class of a host. Made once: Ray exports each one it is given, and every new process would fetch it anew."""
-    from flock_ray.runtime.host import AsyncHostActor, HostActor
-
     make: Any = ray.remote
     return make(concurrency_groups={"ctl": 2})(AsyncHostActor if is_async else HostActor)
 

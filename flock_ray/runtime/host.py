@@ -3,8 +3,7 @@
     nest --HatchOrder, EndOrder, ...--> Host --HostUp, LifeRunning, LifeCrashed, ...--> nest
     caller --------Call, Withdraw-----> Host --Answer--> caller
 
-`Host` is plain Python: Ray is only in the two actor classes and in `RayNestLink`, so that tests run it in one process. The classes of
-the bird decide which actor is made: `AsyncHostActor` if one of its methods is `async def` (`life.is_async`), else `HostActor`.
+`Host` is plain Python: Ray is only in `RayNestLink` and in the actors that hold a host (`actors.py`), so that tests run it in one process.
 
 Rules kept here: a host hatches one life and ends with it; an order for a life that is not here is answered as if it had just ended,
 and such a life is then never begun; the process ends when what it had to say was delivered, or at once when its nest or raylet is gone.
@@ -21,27 +20,25 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
 
-from flock_ray.core.events import LifeEnded
 from flock_ray.core.wire import (
     EndOrder,
     ForgetOrder,
     HatchOrder,
     HostReport,
     HostUp,
+    LifeEnded,
     RaiseOrder,
     ReportOrder,
     Withdraw,
     decode,
 )
 from flock_ray.runtime.inside import current
-from flock_ray.runtime.life import MOVED, HostedLife, Response, State
-from flock_ray.runtime.life_async import AsyncLife
-from flock_ray.runtime.life_sync import SyncLife
+from flock_ray.runtime.life import HostedLife, State
 from flock_ray.runtime.tether import NestAwayError, NestLink, PidFile, Reporter, Tether
 from flock_ray.runtime.timers import Scheduler
 from flock_ray.specs import Dot, Life, Name
@@ -254,66 +251,15 @@ class RayNestLink:
             raise NestAwayError(str(error)) from error
 
 
-class HostActor:
-    """The Ray actor of a bird without `async def` methods.
-
-    Made with `ray.remote(concurrency_groups={"ctl": 2})(HostActor)`: orders must be heard while a method blocks.
-    """
-
-    def __init__(self, boot: bytes, nest: Any) -> None:
-        self._host = _start(boot, nest)
-
-    def hatch(self, order: bytes) -> None:
-        """Runs a `HatchOrder`; the nest hears how it went."""
-        life = self._host.accept(order, SyncLife)
-        if isinstance(life, SyncLife):
-            life.hatch()
-
-    def call(self, message: bytes, *extra: Any) -> Response:
-        """Runs a `Call`: an encoded `Answer`, in a tuple with what travels beside it."""
-        head, body = decode(message)
-        life = self._host.life
-        if life is None or head.dot != life.dot:
-            return MOVED
-        return life.call(head, body, extra)  # type: ignore[attr-defined, no-any-return]  # a SyncLife
-
-    @ray.method(concurrency_group="ctl")
-    def control(self, message: bytes) -> bytes:
-        """Takes an order of a nest, or a caller's `Withdraw`."""
-        return self._host.control(message)
+H = TypeVar("H", bound=Host)
 
 
-class AsyncHostActor:
-    """The Ray actor of a bird with `async def` methods. Its default group has an event loop of its own, on which the bird lives."""
-
-    def __init__(self, boot: bytes, nest: Any) -> None:
-        self._host = _start(boot, nest)
-
-    async def hatch(self, order: bytes) -> None:
-        """Runs a `HatchOrder`; the nest hears how it went."""
-        life = self._host.accept(order, AsyncLife)
-        if isinstance(life, AsyncLife):
-            await life.hatch()
-
-    async def call(self, message: bytes, *extra: Any) -> Response:
-        """Runs a `Call`: an encoded `Answer`, in a tuple with what travels beside it."""
-        head, body = decode(message)
-        life = self._host.life
-        if life is None or head.dot != life.dot:
-            return MOVED
-        return await life.call(head, body, extra)  # type: ignore[attr-defined, no-any-return]  # an AsyncLife
-
-    @ray.method(concurrency_group="ctl")
-    async def control(self, message: bytes) -> bytes:
-        """Takes an order of a nest, or a caller's `Withdraw`."""
-        return self._host.control(message)
-
-
-def _start(boot: bytes, nest: Any) -> Host:
+def start(kind: type[H], boot: bytes, nest: Any) -> H:
+    """Makes the host of this process, which is a Ray actor's."""
     name_records()
     raylet = os.environ.get("RAY_RAYLET_PID")
     node_id = ray.get_runtime_context().get_node_id()
-    return Host(pickle.loads(boot), RayNestLink(nest), node_id, int(raylet) if raylet else None, _leave)
+    return kind(pickle.loads(boot), RayNestLink(nest), node_id, int(raylet) if raylet else None, _leave)
 
 
 def _leave(code: int) -> None:

@@ -116,7 +116,7 @@ class Hosts:
     def end(self, effect: do.EndLife) -> None:
         process = self._processes.get((effect.dot, effect.born))
         if process is None:
-            self._tell(ev.LifeEnded(effect.dot, effect.born))
+            self._tell(wire.LifeEnded(effect.dot, effect.born))
             return
         order = wire.EndOrder(effect.dot, effect.born, effect.reason, effect.keep, effect.timeout)
         text = f"it did not end within stop_timeout={effect.timeout:g} s"
@@ -193,18 +193,18 @@ class Hosts:
                 self._reported.set()
             elif not self.adopting and word.host not in self._by_host:
                 _end_unknown(word.pid)
-        elif isinstance(word, ev.LifeRunning | ev.LifeCrashed | ev.LifeExited | ev.LifeEnded):
+        elif isinstance(word, wire.LifeRunning | wire.LifeCrashed | wire.LifeExited | wire.LifeEnded):
             self._ended_of_itself(word)
             self._tell(word)
 
-    def _ended_of_itself(self, word: ev.LifeRunning | ev.LifeCrashed | ev.LifeExited | ev.LifeEnded) -> None:
+    def _ended_of_itself(self, word: wire.LifeRunning | wire.LifeCrashed | wire.LifeExited | wire.LifeEnded) -> None:
         process = self._processes.get((word.dot, word.born))
-        if process is None or isinstance(word, ev.LifeRunning):
+        if process is None or isinstance(word, wire.LifeRunning):
             return
         process.over = True
         if process.deadline is not None:
             process.deadline.cancel()
-        if isinstance(word, ev.LifeCrashed) or (isinstance(word, ev.LifeEnded) and not word.handed_over):
+        if isinstance(word, wire.LifeCrashed) or (isinstance(word, wire.LifeEnded) and not word.handed_over):
             asyncio.get_running_loop().call_later(FAREWELL, self._kill, process, "its life was over and it did not end")
 
     def _watch(self, process: Process, pid: int) -> None:
@@ -229,11 +229,11 @@ class Hosts:
             os.close(process.pidfd)
             process.pidfd = -1
         if not process.over:
-            self._tell(ev.LifeCrashed(process.dot, process.born, process.killed_for or text))
+            self._tell(wire.LifeCrashed(process.dot, process.born, process.killed_for or text))
 
     # Those of an earlier life of the nest (V2)
 
-    async def adopt(self, patience: float) -> tuple[list[ev.Adopted], list[tuple[Name, Dot]], list[ev.LifeCrashed]]:
+    async def adopt(self, patience: float) -> tuple[list[ev.Adopted], list[tuple[Name, Dot]], list[wire.LifeCrashed]]:
         """Waits until every host found on this node has said what it holds; one that does not is ended.
 
         Returns:
@@ -258,7 +258,7 @@ class Hosts:
             else:
                 adopted.append(_adopted(report))
             if report.state == "crashed":
-                crashes.append(ev.LifeCrashed(report.dot, report.born, report.error))
+                crashes.append(wire.LifeCrashed(report.dot, report.born, report.error))
             self._watch(process, report.pid)
         return adopted, exits, crashes
 

@@ -12,7 +12,6 @@ be pickled, an `on_stop` that fails) never reach the code around it.
 from __future__ import annotations
 
 import asyncio
-import difflib
 import enum
 import inspect
 import logging
@@ -24,8 +23,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flock_ray.core.events import LifeCrashed, LifeEnded, LifeExited, LifeRunning
-from flock_ray.core.wire import Answer, Call, EndOrder, HatchOrder, HostReport, encode
+from flock_ray.core.wire import Answer, Call, EndOrder, HatchOrder, HostReport, LifeCrashed, LifeEnded, LifeExited, LifeRunning, encode
 from flock_ray.runtime.inside import Inside, Leave, current
 from flock_ray.runtime.payload import pack, pack_alone, unpack
 from flock_ray.specs import Life
@@ -270,6 +268,8 @@ class HostedLife:
         if hasattr(self._cls, method) or method in getattr(self.bird, "__dict__", ()):
             return f"has {method!r}, but it is no method"
         public = [name for name in dir(self._cls) if not name.startswith("_") and callable(getattr(self._cls, name, None))]
+        import difflib  # loaded when it is needed: a host is a new process
+
         near = difflib.get_close_matches(method, public, 3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(public) or 'none'}"
         return f"has no method {method!r}: {hint}"

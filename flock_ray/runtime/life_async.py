@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from flock_ray.core.wire import Call, HatchOrder
+from flock_ray.core.wire import Call, HatchOrder, decode
+from flock_ray.runtime.host import Host
 from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, log, refusal
 from flock_ray.runtime.mailbox import LoopOrder
 from flock_ray.runtime.payload import unpack
@@ -140,3 +141,21 @@ class AsyncLife(HostedLife):
 
 async def _finished(result: Any) -> Any:
     return await result if inspect.iscoroutine(result) else result
+
+
+class AsyncHost(Host):
+    """The host of a bird with `async def` methods."""
+
+    async def hatch(self, order: bytes) -> None:
+        """As `SyncHost.hatch`, on the bird's event loop."""
+        life = self.accept(order, AsyncLife)
+        if isinstance(life, AsyncLife):
+            await life.hatch()
+
+    async def call(self, message: bytes, extra: Sequence[Any]) -> Response:
+        """As `SyncHost.call`, on the bird's event loop."""
+        head, body = decode(message)
+        life = self.life
+        if not isinstance(life, AsyncLife) or head.dot != life.dot:
+            return MOVED
+        return await life.call(head, body, extra)

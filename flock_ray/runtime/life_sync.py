@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from flock_ray.core.wire import Call, HatchOrder
+from flock_ray.core.wire import Call, HatchOrder, decode
+from flock_ray.runtime.host import Host
 from flock_ray.runtime.inside import Inside, current
 from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, is_async, log
 from flock_ray.runtime.mailbox import ThreadOrder, Turns
@@ -109,3 +110,21 @@ class SyncLife(HostedLife):
         except BaseException:
             log.exception("bird %r: %s raised", self.name, name)
             return None
+
+
+class SyncHost(Host):
+    """The host of a bird without `async def` methods."""
+
+    def hatch(self, order: bytes) -> None:
+        """Runs a `HatchOrder`; the nest hears how it went."""
+        life = self.accept(order, SyncLife)
+        if isinstance(life, SyncLife):
+            life.hatch()
+
+    def call(self, message: bytes, extra: Sequence[Any]) -> Response:
+        """Runs a `Call`: an encoded `Answer`, in a tuple with what travels beside it."""
+        head, body = decode(message)
+        life = self.life
+        if not isinstance(life, SyncLife) or head.dot != life.dot:
+            return MOVED
+        return life.call(head, body, extra)

@@ -25,6 +25,7 @@ from flock_ray.config import Config
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
+from flock_ray.core import wire
 from flock_ray.core.membership import Condition
 from flock_ray.core.registry import Registry
 from flock_ray.specs import Dot, Life, Name, NodeRecord, Options, Spec, Stamp
@@ -313,7 +314,7 @@ class World:
         if node.hosts.get((host.dot, host.born)) is host and not host.ending:
             host.running = True
             self.must.pop(host.dot, None)
-            self.handle(node, ev.LifeRunning(host.dot, host.born, f"h{host.born}"))
+            self.handle(node, wire.LifeRunning(host.dot, host.born, f"h{host.born}"))
 
     def _do_EndLife(self, node: Node, nest: Registry, effect: do.EndLife) -> None:
         host = node.hosts.get((effect.dot, effect.born))
@@ -336,7 +337,7 @@ class World:
             elsewhere = [h for n in self.nodes for h in n.hosts.values() if h is not host and h.dot == host.dot]
             if not any(h.alive or (h.record is not None and h.record.order > record.order) for h in elsewhere):
                 self.must[host.dot] = (host.value, {node.index})
-        self.handle(node, ev.LifeEnded(host.dot, host.born, state, handed))
+        self.handle(node, wire.LifeEnded(host.dot, host.born, state, handed))
 
     def _do_Kill(self, node: Node, nest: Registry, effect: do.Kill) -> None:
         host = node.hosts.get((effect.dot, effect.born))
@@ -435,7 +436,7 @@ class World:
         if node.hosts.get((host.dot, host.born)) is host and host.alive:
             del node.hosts[host.dot, host.born]
             self.log(f"crash {host.name} {host.dot} inc {host.born} at {node.id}")
-            self.handle(node, ev.LifeCrashed(host.dot, host.born, error))
+            self.handle(node, wire.LifeCrashed(host.dot, host.born, error))
 
     def fault(self, kind: str) -> None:
         getattr(self, f"_fault_{kind}")()
@@ -494,7 +495,7 @@ class World:
             if host.spec.options.restart != "permanent":
                 node.exits[host.dot] = host.name
                 self.removed.setdefault(host.dot, Life(node.id, node.life))
-            self.handle(node, ev.LifeExited(host.dot, host.born))
+            self.handle(node, wire.LifeExited(host.dot, host.born))
 
     def _fault_nest(self) -> None:
         """A nest dies; Ray brings it back, or not in time for its hosts."""

@@ -134,7 +134,7 @@ def test_the_current_flock_is_looked_up_at_each_call(monkeypatch):
     assert flock_ray.bird("a") == Bird("default", "a")
     monkeypatch.setenv("FLOCK_RAY_FLOCK", "pond")
     assert flock_ray.bird("a") == Bird("pond", "a")
-    monkeypatch.setattr("flock_ray.flock._Given.flock", "lake")
+    monkeypatch.setattr("flock_ray.api.flock._Given.flock", "lake")
     assert flock_ray.bird("a") == Bird("lake", "a")
 
 

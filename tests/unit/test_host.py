@@ -15,7 +15,6 @@ import time
 import pytest
 from ray import cloudpickle
 
-from flock_ray.core.events import LifeCrashed, LifeEnded, LifeExited, LifeRunning
 from flock_ray.core.wire import (
     Answer,
     Call,
@@ -24,6 +23,10 @@ from flock_ray.core.wire import (
     HatchOrder,
     HostReport,
     HostUp,
+    LifeCrashed,
+    LifeEnded,
+    LifeExited,
+    LifeRunning,
     RaiseOrder,
     ReportOrder,
     Welcome,

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import flock_ray
+
 ROOT = Path(__file__).parents[2] / "flock_ray"
 IMPURE = {"ray", "time", "random", "asyncio", "threading", "os", "socket", "kinship", "psutil", "subprocess"}
+
+UNUSED_BY_HOSTS = {"nest", "registry", "events", "messages", "client", "lanes", "pending", "asks"}
 
 
 def imports(path: Path) -> set[str]:
@@ -45,3 +52,18 @@ def test_only_one_file_knows_the_failure_detector_and_one_rays_private_api(path)
     if path.name != "cluster.py":
         private = {name for name in imports(path) if name.startswith(("ray._", "ray.experimental"))}
         assert not private and "ray._private" not in path.read_text().replace("`ray._private", "")
+
+
+def test_the_packages_lazy_names_are_those_that_type_checkers_see():
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    seen = {alias.name: node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    for name in flock_ray.__all__:
+        assert getattr(flock_ray, name) is getattr(importlib.import_module(seen[name]), name)
+    assert set(flock_ray.__all__) == set(seen) - {"import_module", "TYPE_CHECKING"}
+
+
+def test_a_host_loads_nothing_that_only_callers_or_nests_need():
+    """A host is a new process: what it imports is paid by every start (benchmarks/starts.py)."""
+    code = "import sys, flock_ray.runtime.host; print(*(name for name in sys.modules if name.startswith('flock_ray')))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not [name for name in loaded if name.startswith("flock_ray.api") or name.split(".")[-1] in UNUSED_BY_HOSTS]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pickle
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -52,7 +51,12 @@ def test_the_later_status_is_kept_in_whatever_order_they_come() -> None:
         assert record is not None and record.status == later[-1]
 
 
-statuses = st.none() | st.builds(Status, st.integers(0, 3), st.sampled_from([A, B, C]), st.integers(0, 3), st.just("running"))
+statuses = st.none() | st.builds(
+    lambda incarnation, life, sequence: Status(incarnation, life, sequence, "running"),
+    st.integers(0, 3),
+    st.sampled_from([A, B, C]),
+    st.integers(0, 3),
+)
 
 
 @given(statuses, statuses, statuses)
@@ -256,7 +260,7 @@ def test_what_messages_bring_shares_its_common_parts() -> None:
     """Each message has copies of its own of class, options and lives: 2.5 KB a name at a million names, 1.0 KB when shared."""
     there, here = Replica(), Replica()
     for number, name in enumerate(NAMES, 1):
-        added = there.add(name, Dot(A, number), replace(spec(number), runtime_env='{"pip": []}'), None)
+        added = there.add(name, Dot(A, number), spec(number)._replace(runtime_env='{"pip": []}'), None)
         stated = there.set_status(name, Dot(A, number), status())
         assert stated is not None
         here.join(copied(there.update_of([added])))
@@ -276,7 +280,7 @@ def test_what_messages_bring_shares_its_common_parts() -> None:
 
 
 def test_sharing_changes_no_value() -> None:
-    record = Record(replace(spec(3, options=Options(num_cpus=2)), runtime_env="{}"), replace(status(), host="h", error="e", reason="r"))
+    record = Record(spec(3, options=Options(num_cpus=2))._replace(runtime_env="{}"), status()._replace(host="h", error="e", reason="r"))
     assert record.shared() == record
     assert Record(spec(3)).shared() == Record(spec(3))
 

@@ -6,7 +6,6 @@ import dataclasses
 import enum
 import pickle
 import uuid
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -213,23 +212,23 @@ SPEC = Spec("m", "C", "digest", b"args", Options(), '{"pip": []}', Stamp(1, 2), 
 @pytest.mark.parametrize(
     "other",
     [
-        replace(SPEC, code="another cloudpickle of the same class"),
-        replace(SPEC, options=Options(light=True)),
-        replace(SPEC, stamp=Stamp(9, 9), request_id="another"),
-        replace(SPEC, runtime_env=None),
+        SPEC._replace(code="another cloudpickle of the same class"),
+        SPEC._replace(options=Options(light=True)),
+        SPEC._replace(stamp=Stamp(9, 9), request_id="another"),
+        SPEC._replace(runtime_env=None),
     ],
 )
 def test_specs_are_compared_by_class_and_arguments_only(other: Spec) -> None:
     assert SPEC.same_bird(other) and other.same_bird(SPEC) and other != SPEC
 
 
-@pytest.mark.parametrize("other", [replace(SPEC, module="n"), replace(SPEC, qualname="D"), replace(SPEC, args=b"others")])
+@pytest.mark.parametrize("other", [SPEC._replace(module="n"), SPEC._replace(qualname="D"), SPEC._replace(args=b"others")])
 def test_another_class_or_other_arguments_are_another_bird(other: Spec) -> None:
     assert not SPEC.same_bird(other) and not other.same_bird(SPEC)
 
 
 def test_a_spec_names_its_class() -> None:
-    assert replace(SPEC, module="farm.birds", qualname="Hen.Chick").class_name == "farm.birds.Hen.Chick"
+    assert SPEC._replace(module="farm.birds", qualname="Hen.Chick").class_name == "farm.birds.Hen.Chick"
 
 
 def test_statuses_are_ordered_by_incarnation_then_nest_life_then_sequence() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
 from typing import Any, TypeVar, cast, get_origin
 
 from flock_ray.config import check_known
@@ -18,7 +17,7 @@ from flock_ray.specs import Options
 AnyClass = TypeVar("AnyClass")
 
 _DEFAULTS = "__flock_ray_defaults__"
-_KNOWN = [*(field.name for field in fields(Options)), "runtime_env"]
+_KNOWN = [*Options._fields, "runtime_env"]
 
 _CHOICES = {
     "restart": ("transient", "permanent", "temporary"),

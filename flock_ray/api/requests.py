@@ -10,11 +10,11 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flock_ray.bird import Bird, check_method, check_timeout
+from flock_ray.api import starting
+from flock_ray.api.bird import Bird, check_method, check_timeout
+from flock_ray.api.options import methods, resolve, unwrap
 from flock_ray.config import Config
 from flock_ray.errors import BirdNotFound
-from flock_ray.options import methods, resolve, unwrap
-from flock_ray.runtime import starting
 from flock_ray.runtime.client import DEFAULT, Client, client_of
 from flock_ray.runtime.pending import FOREVER, Default
 from flock_ray.specs import BirdInfo, Dot, Name, NestInfo, Spec, check_name

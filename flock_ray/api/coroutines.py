@@ -1,6 +1,6 @@
 """`Flock.aio`: the functions of a flock as coroutines, for any event loop.
 
-Each is documented at its namesake in `flock_ray.flock.Flock`. Cancelling one takes back what was asked, where that can still be done.
+Each is documented at its namesake in `flock_ray.api.flock.Flock`. Cancelling one takes back what was asked, where that can still be done.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
-from flock_ray.bird import Bird, check_timeout
+from flock_ray.api.bird import Bird, check_timeout
+from flock_ray.api.options import check
+from flock_ray.api.requests import Requests
 from flock_ray.config import Config
-from flock_ray.options import check
-from flock_ray.requests import Requests
 from flock_ray.runtime.client import DEFAULT, client_of, let_go
 from flock_ray.runtime.pending import Default
 from flock_ray.specs import BirdInfo, Name, NestInfo, check_name

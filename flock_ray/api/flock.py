@@ -12,12 +12,12 @@ import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
-from flock_ray.bird import Bird, check_timeout
+from flock_ray.api.bird import Bird, check_timeout
+from flock_ray.api.coroutines import AioFlock
+from flock_ray.api.options import check
+from flock_ray.api.options import defaults as defaults_of
+from flock_ray.api.requests import Requests
 from flock_ray.config import Config
-from flock_ray.coroutines import AioFlock
-from flock_ray.options import check
-from flock_ray.options import defaults as defaults_of
-from flock_ray.requests import Requests
 from flock_ray.runtime import inside
 from flock_ray.runtime.client import DEFAULT, client_of, let_go
 from flock_ray.runtime.pending import Default

@@ -16,7 +16,7 @@ from typing import Any
 from ray import cloudpickle
 from ray.runtime_env import RuntimeEnv
 
-from flock_ray.options import is_async, resolve
+from flock_ray.api.options import is_async, resolve
 from flock_ray.runtime import cluster, payload
 from flock_ray.runtime.client import culprit
 from flock_ray.specs import Name, Spec, Stamp
