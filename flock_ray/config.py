@@ -33,6 +33,8 @@ class Config:
             `"pause"`: it goes on only with those it held. Availability against fewer second lives.
         max_birds: how many birds a nest admits; the rest is `pending`. `None`: no limit.
         min_free_memory: the fraction of a node's memory that must be free for its nest to admit birds. 0 admits always.
+        send_window: how many casts and futures of one caller to one bird may be unanswered before `MailboxFull`. More takes bigger
+            bursts, and memory on both sides.
         start_argument_limit: bytes of pickled arguments `start` takes: they are replicated to every node.
     """
 
@@ -53,6 +55,7 @@ class Config:
     minority: str = "run"
     max_birds: int | None = None
     min_free_memory: float = 0.02
+    send_window: int = 10_000
     start_argument_limit: int = 1_000_000
 
     def __post_init__(self) -> None:
@@ -70,7 +73,7 @@ class Config:
             elif not (value >= 0 if setting.name in may_be_zero else value > 0):
                 least = "at least 0" if setting.name in may_be_zero else "more than 0"
                 raise ValueError(f"{setting.name} must be {least}, not {value!r}")
-        for setting_name in ("moves_in_flight", "max_birds", "start_argument_limit"):
+        for setting_name in ("moves_in_flight", "max_birds", "send_window", "start_argument_limit"):
             value = getattr(self, setting_name)
             if value is not None and not isinstance(value, int):
                 raise ValueError(f"{setting_name} must be a whole number, not {value!r}")

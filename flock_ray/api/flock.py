@@ -157,7 +157,6 @@ class Flock(Requests):
             CallCycle: the bird waits for this very call: use `cast`, or `async def` methods.
             CallTimeout: no answer in time; the cause is the bird's last error, if it is restarting.
             FlockNotRunning: Ray or the flock is not up.
-            MailboxFull: the bird has too many messages already: slow down.
             RuntimeError: called in an `async def` method of a bird: await `flock_ray.aio.call`.
             TypeError: an argument cannot be pickled; names which.
         """

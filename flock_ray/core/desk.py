@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
+from flock_ray.core import notices
 from flock_ray.core.replica import Record
 from flock_ray.specs import Dot, Life, Name, Route
 
@@ -31,6 +32,7 @@ class Waiter:
     deadline: float
     after: Dot | None
     avoid: Route | None
+    casts: int = 0
     searched: bool = False
     again_at: float = NEVER
     incarnation: int | None = None  # when a restart was first asked for
@@ -97,10 +99,17 @@ class Desk:
             nest.answer(event.request, ev.Accepted(dot))
 
     def wait(
-        self, request: str, name: Name, wanted: str, timeout: float | None, after: Dot | None = None, avoid: Route | None = None
+        self,
+        request: str,
+        name: Name,
+        wanted: str,
+        timeout: float | None,
+        after: Dot | None = None,
+        avoid: Route | None = None,
+        casts: int = 0,
     ) -> None:
         deadline = NEVER if timeout is None else self._nest.now + timeout
-        self._waiters[request] = waiter = Waiter(request, name, wanted, deadline, after, avoid)
+        self._waiters[request] = waiter = Waiter(request, name, wanted, deadline, after, avoid, casts)
         self._by_name.setdefault(name, {})[request] = None
         if timeout is not None:
             heapq.heappush(self._deadlines, (deadline, request))
@@ -201,6 +210,8 @@ class Desk:
             if not self._nest.holds.dots(waiter.name):
                 self._finish(waiter, ev.Done())
             return
+        if waiter.casts:
+            self._nest.notice(notices.CastLost(self._nest.me, waiter.name, waiter.casts))
         text = f"no nest that could be asked knows a bird {waiter.name!r}; start it first"
         self._finish(waiter, ev.Refused("BirdNotFound", text, waiter.name))
 

@@ -121,6 +121,7 @@ class Locate:
         after: a dot the client has written or was given; the answer takes it into account (C3).
         avoid: a route that did not work: wait for another.
         timeout: seconds; `None` for ever.
+        casts: how many casts wait for it: nobody would hear that there is no such bird.
     """
 
     request: str
@@ -129,6 +130,7 @@ class Locate:
     timeout: float | None
     after: Dot | None = None
     avoid: Route | None = None
+    casts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,14 +20,16 @@ Rules kept here:
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from flock_ray.config import Config
+from flock_ray.core.messages import Outlook
 from flock_ray.core.replica import Replica
 from flock_ray.core.ring import Placement
 from flock_ray.specs import Life
 
+REMEMBERED = 4  # horizons after which a dead nest is as one that never was
 SETTLE_AT_MOST = 8  # times `settle`: ever new changes do not put off a view for ever
 
 
@@ -41,6 +43,9 @@ class Condition(enum.Enum):
     DEAD = "dead"
 
 
+_GONE = (Condition.DEAD, Condition.UNHEARD, Condition.SUPERSEDED)
+
+
 @dataclass(slots=True)
 class Peer:
     """Another nest life, as this nest knows it."""
@@ -51,7 +56,7 @@ class Peer:
     synced: bool = False
     view: frozenset[Life] = frozenset()  # its view, as it last said
     heard: int = 0  # the highest view number in any of its messages
-    absent_since: float = 0.0  # dead, or never heard; 0 while that is not so or not noted yet
+    absent_since: float | None = None  # out of contact, as far as anybody said; kept while estranged
     dies_at: float | None = None  # when a dying nest whose node is up is given up
     estranged: bool = False  # heard again after so long that dots may have been forgotten meanwhile: one of the two starts afresh (S2)
 
@@ -103,9 +108,10 @@ class Membership:
         if peer.condition is not Condition.DYING:
             peer.exchange += 1
             peer.synced = False
-        away = peer.condition is Condition.DEAD and now - peer.absent_since > self._config.context_horizon / 2
-        peer.estranged = peer.estranged or away
-        peer.condition, peer.dies_at, peer.absent_since = Condition.ALIVE, None, 0.0
+        peer.estranged = self._long_gone(peer, now)
+        peer.condition, peer.dies_at = Condition.ALIVE, None
+        if not peer.estranged:
+            peer.absent_since = None
         for older in self.peers.values():
             if older.life.node == life.node and older.life < life and older.condition in (Condition.ALIVE, Condition.DYING):
                 older.condition, older.synced, older.dies_at = Condition.SUPERSEDED, False, None
@@ -132,7 +138,8 @@ class Membership:
     def _dead(self, peer: Peer, now: float) -> None:
         for each in self.peers.values():
             if each.life.node == peer.life.node and each.life <= peer.life and each.condition is not Condition.DEAD:
-                each.condition, each.synced, each.dies_at, each.absent_since = Condition.DEAD, False, None, now
+                each.condition, each.synced, each.dies_at = Condition.DEAD, False, None
+                each.absent_since = now if each.absent_since is None else each.absent_since
 
     def synced(self, life: Life, exchange: int) -> None:
         """A digest exchange with a nest is complete (M3)."""
@@ -140,10 +147,48 @@ class Membership:
         if peer is not None and peer.condition is Condition.ALIVE and peer.exchange == exchange:
             peer.synced = True
 
+    def heard_outlook(self, sender: Life, outlook: Outlook, now: float) -> None:
+        """Takes in what a nest says of all nests. Out of contact for too long with somebody of ours, it is estranged like those (S2)."""
+        peer = self.peer(sender)
+        peer.view = outlook.view
+        for life, seconds in outlook.absent:
+            if life in self.view:
+                peer.estranged = peer.estranged or seconds > self._config.context_horizon / 2
+            elif life != self.me and seconds < REMEMBERED * self._config.context_horizon:
+                other = self.peer(life)
+                if other.condition in _GONE:
+                    other.absent_since = min(now - seconds, now if other.absent_since is None else other.absent_since)
+        others = (self.peers[life] for life in outlook.view if life in self.peers and life != sender)
+        if peer.estranged or any(self._long_gone(other, now) for other in others):
+            self.estrange(sender, now)
+
+    def estrange(self, life: Life, now: float) -> None:
+        """Either of us may have forgotten dots: one of the two has to join as new (S2)."""
+        peer = self.peer(life)
+        peer.estranged = True
+        if peer.absent_since is None:
+            peer.absent_since = now - self._config.context_horizon / 2
+
+    def _long_gone(self, peer: Peer, now: float) -> bool:
+        """May dots that it knows have been forgotten here, or the other way round, since it was heard last?"""
+        gone = peer.condition in _GONE and peer.life not in self.view and peer.absent_since is not None
+        return peer.estranged or (gone and now - (peer.absent_since or 0.0) > self._config.context_horizon / 2)
+
     def starts_afresh(self, life: Life) -> bool:
         """Has this nest been out of contact with a peer for too long, and is it on the smaller side? Then it joins as new (S2)."""
         peer = self.peer(life)
         return peer.estranged and (len(self.view), self.me) < (len(peer.view), life)
+
+    def outlook(self, fading: Iterable[Life], now: float) -> Outlook:
+        """What this nest says of all nests."""
+        absent = [peer for peer in self.peers.values() if peer.absent_since is not None and peer.life not in self.view]
+        gone = set(fading)
+        return Outlook(
+            self.view,
+            tuple((peer.life, now - (peer.absent_since or 0.0)) for peer in absent),
+            tuple(record for life, record in self._replica.nodes.items() if life not in gone),
+            self._replica.had_cpus,
+        )
 
     def table(self, nodes: frozenset[str]) -> None:
         """Ray's node table (M1): nodes it lists as gone no longer count in the last whole view."""
@@ -158,8 +203,7 @@ class Membership:
 
     def absent(self) -> list[Peer]:
         """The nests that are dead, replaced, or known only by their dots, node records or a stray message."""
-        gone = (Condition.DEAD, Condition.UNHEARD, Condition.SUPERSEDED)
-        return [peer for peer in self.peers.values() if peer.condition in gone and peer.life not in self.view]
+        return [peer for peer in self.peers.values() if peer.condition in _GONE and peer.life not in self.view]
 
     def unsynced(self) -> list[Life]:
         return [peer.life for peer in self.peers.values() if peer.condition is Condition.ALIVE and not peer.synced]
@@ -199,13 +243,15 @@ class Membership:
         adopted = None
         if self._wanted != self.view and now >= self._adopt_at:
             adopted = self._adopt()
+        elif self.placement.outdated:
+            adopted = self.view  # the same nests under another ring are another view (M3)
+            self._renumber()
         self._become_ready(now)
         return adopted
 
     def _adopt(self) -> frozenset[Life]:
         old, self.view = self.view, self._wanted
-        self.number += 1
-        self.placement = Placement(self._replica, self.view)
+        self._renumber()
         nodes = {life.node for life in self.view}
         self.whole |= nodes
         if self.listed is not None:
@@ -216,6 +262,10 @@ class Membership:
                 if peer.condition is not Condition.ALIVE:
                     peer.synced = False
         return old
+
+    def _renumber(self) -> None:
+        self.number += 1
+        self.placement = Placement(self._replica, self.view)
 
     def _become_ready(self, now: float) -> None:
         if self.ready or self._alone_at is None:

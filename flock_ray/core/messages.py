@@ -48,14 +48,29 @@ class Acknowledge:
 
 
 @dataclass(frozen=True, slots=True)
+class Outlook:
+    """What a nest knows of all nests, as it says with every comparison.
+
+    Args:
+        view: its adopted view (M3).
+        absent: for how many seconds it has been out of contact with each nest that it knows and does not hear (S2).
+        had_cpus: did any node ever offer CPUs? (P1)
+    """
+
+    view: frozenset[Life]
+    absent: tuple[tuple[Life, float], ...]
+    nodes: tuple[NodeRecord, ...]
+    had_cpus: bool
+
+
+@dataclass(frozen=True, slots=True)
 class SyncAsk:
     """Compare: my hashes of these nodes of the digest tree. `session` is echoed (M3)."""
 
     session: int
     hashes: tuple[tuple[Prefix, int], ...]
     context: int  # fingerprint of the shareable context
-    nodes: tuple[NodeRecord, ...]
-    view: frozenset[Life]
+    outlook: Outlook
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +81,14 @@ class SyncAnswer:
     hashes: tuple[tuple[Prefix, int], ...]
     content: Content | None
     context: Context | None
-    nodes: tuple[NodeRecord, ...]
-    view: frozenset[Life]
+    outlook: Outlook
+
+
+@dataclass(frozen=True, slots=True)
+class Estranged:
+    """We were out of contact for so long that dots may have been forgotten: nothing is compared until one of us has joined as new (S2)."""
+
+    outlook: Outlook
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +179,7 @@ class Relay:
 
 
 Body: TypeAlias = (
-    News | Acknowledge | SyncAsk | SyncAnswer | BarrierAsk | BarrierAnswer | Release | ReleaseAnswer
+    News | Acknowledge | SyncAsk | SyncAnswer | Estranged | BarrierAsk | BarrierAnswer | Release | ReleaseAnswer
     | LookUp | LookUpAnswer | RestartAsk | CodeAsk | CodeAnswer | Relay
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What happened, for people: typed records that the core emits and `flock_ray.events()` will stream.
+"""What happened, for people: typed records that the core emits; each nest keeps its latest and logs them.
 
 `level` is that of the standard logging module: a move is information, a failed bird an error.
 """
@@ -83,6 +83,19 @@ class NameConflict(Notice):
     @property
     def text(self) -> str:
         return f"bird {self.name!r} was started with different specs; {self.winner} wins over {', '.join(map(str, self.losers))}"
+
+
+@dataclass(frozen=True, slots=True)
+class CastLost(Notice):
+    """Casts went to a name that nobody knows, so nobody was told but here."""
+
+    level: ClassVar[int] = logging.WARNING
+    name: Name
+    casts: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.casts} casts to bird {self.name!r} are lost: no nest knows it; start it first, or use call to be told"
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,8 @@ from flock_ray.core.barrier import Barrier
 from flock_ray.core.desk import Desk
 from flock_ray.core.handover import Handover
 from flock_ray.core.holds import Holds, Phase
-from flock_ray.core.membership import Membership
+from flock_ray.core.inbox import Inbox
+from flock_ray.core.membership import REMEMBERED, Membership
 from flock_ray.core.replica import Record, RecordChange, Replica
 from flock_ray.core.supervision import Supervision
 from flock_ray.core.sync import Sync
@@ -34,7 +35,6 @@ from flock_ray.specs import Dot, Life, Name, Spec, Stamp, Status
 
 NAMES_A_STEP = 1000  # looked at in one `handle`: about 20 ms, so that a nest goes on answering in a big change
 RELAY_AFTER = 2  # unanswered tries before every other one goes through a third nest (H2)
-REMEMBERED = 4  # horizons after which a dead nest is as one that never was
 AWAKE = float("inf")
 
 
@@ -67,14 +67,15 @@ class Registry:
         self.supervision = Supervision(self)
         self.handover = Handover(self)
         self.desk = Desk(self)
+        self.inbox = Inbox(self)
         self.memory_low = False
         self._counter = 0
         self._dirty: dict[Name, None] = {}
-        self._waiting: set[Name] = set()  # owned here, and something is missing before they can be hatched
+        self.waiting: set[Name] = set()  # owned here, and something is missing before they can be hatched
         self._crowded: set[Name] = set()  # of these, those this nest does not admit (P3)
         self._changes: list[RecordChange] = []  # made here, to be told
         self._out: list[do.Effect] = []
-        self._asks: dict[Life, Attempt] = {}
+        self.asks: dict[Life, Attempt] = {}
         self._next_sync = AWAKE
         self._code_ask_at = 0.0
         self._conflicts: dict[Name, tuple[Dot, ...]] = {}
@@ -104,7 +105,7 @@ class Registry:
             return self.now
         times = [self.membership.wake_at(), self.sync.wake_at(), self.desk.wake_at(), self._next_sync]
         times += [self.supervision.wake_at(), self.handover.wake_at()]
-        times += [attempt.again_at for attempt in self._asks.values()]
+        times += [attempt.again_at for attempt in self.asks.values()]
         if self._code_ask_at > self.now:
             times.append(self._code_ask_at)
         return min(times)
@@ -167,7 +168,7 @@ class Registry:
         self.desk.wait(event.request, event.name, "restart", self.config.call_timeout, event.after)
 
     def _on_Locate(self, event: ev.Locate) -> None:
-        self.desk.wait(event.request, event.name, event.wanted, event.timeout, event.after, event.avoid)
+        self.desk.wait(event.request, event.name, event.wanted, event.timeout, event.after, event.avoid, event.casts)
 
     def _on_Cancel(self, event: ev.Cancel) -> None:
         self.desk.cancel(event.request)
@@ -185,120 +186,8 @@ class Registry:
     def remove(self, name: Name, dots: Iterable[Dot]) -> None:
         self.changed(self.replica.remove(name, dots))
 
-    # Messages
-
     def _on_Received(self, event: ev.Received) -> None:
-        envelope = event.envelope
-        if isinstance(envelope.body, msg.Relay):
-            self.effect(do.Send(envelope.body.to, envelope.body.envelope))
-            return
-        peer = self.membership.peer(envelope.sender)
-        fresh = envelope.number >= peer.heard
-        if fresh:
-            peer.heard = envelope.number
-            if not envelope.accepts:
-                self.barrier.void(envelope.sender)
-        getattr(self, f"_got_{type(envelope.body).__name__}")(envelope, envelope.body, fresh)
-
-    def _got_News(self, envelope: msg.Envelope, news: msg.News, fresh: bool) -> None:
-        del fresh
-        if self.membership.peer(envelope.sender).estranged:
-            return
-        self.joined(self.replica.join(news.update))
-        if news.ack:
-            self.reply(envelope, msg.Acknowledge(news.ack))
-
-    def _got_Acknowledge(self, envelope: msg.Envelope, body: msg.Acknowledge, fresh: bool) -> None:
-        del envelope, fresh
-        self.desk.acknowledged(body.ack)
-
-    def _got_SyncAsk(self, envelope: msg.Envelope, ask: msg.SyncAsk, fresh: bool) -> None:
-        del fresh
-        if self._estranged(envelope.sender, ask.view):
-            return
-        self.reply(envelope, self.sync.answer(ask, self._fading(), self.membership.view))
-
-    def _got_SyncAnswer(self, envelope: msg.Envelope, answer: msg.SyncAnswer, fresh: bool) -> None:
-        del fresh
-        if self._estranged(envelope.sender, answer.view):
-            return
-        session = self.sync.sessions.get(envelope.sender)
-        progress = self.sync.proceed(envelope.sender, answer)
-        if session is None or progress is None:
-            return
-        self.joined(progress.changes)
-        if progress.news is not None:
-            self.send(envelope.sender, msg.News(progress.news))
-        if progress.complete:
-            self.membership.synced(envelope.sender, session.exchange)
-
-    def _estranged(self, peer: Life, view: frozenset[Life]) -> bool:
-        """Notes a peer's view. Nothing is exchanged with one that was away for so long that either may have forgotten dots: who is on
-        the smaller side throws its replica away and joins as new, under another life (S2)."""
-        self.membership.peer(peer).view = view
-        if self.membership.starts_afresh(peer):
-            self.effect(do.StartAfresh())
-        return self.membership.peer(peer).estranged
-
-    def _got_BarrierAsk(self, envelope: msg.Envelope, ask: msg.BarrierAsk, fresh: bool) -> None:
-        del fresh
-        if not self.membership.ready:
-            return
-        asker, placement = envelope.sender, self.membership.placement
-        if asker not in self.membership.view:
-            self.reply(
-                envelope, msg.BarrierAnswer(ask.number, (), frozenset(), frozenset(), ())
-            )  # says by its envelope that nothing is good
-            return
-        self._placement_changed()
-        table, ring = placement.table(), placement.ring
-        placed = frozenset(name for name, node in table.items() if node == asker.node)
-        elsewhere = frozenset(name for name in table if name not in placed and ring.owner(name) == asker.node)
-        held = tuple(hold for name in self.holds.names() if placement.owner(name) == asker for hold in self.holds.of(name))
-        self.reply(envelope, msg.BarrierAnswer(ask.number, tuple(ring.weights.items()), placed, elsewhere, held))
-
-    def _got_BarrierAnswer(self, envelope: msg.Envelope, answer: msg.BarrierAnswer, fresh: bool) -> None:
-        membership = self.membership
-        if not (fresh and envelope.accepts and answer.number == membership.number and envelope.sender in membership.view):
-            return
-        self.mark(self.barrier.take(envelope.sender, answer))
-        self.mark(self._waiting)
-        self._asks.pop(envelope.sender, None)
-
-    def _got_Release(self, envelope: msg.Envelope, release: msg.Release, fresh: bool) -> None:
-        del fresh
-        self.handover.release(envelope, release)
-
-    def _got_ReleaseAnswer(self, envelope: msg.Envelope, answer: msg.ReleaseAnswer, fresh: bool) -> None:
-        del fresh
-        self.handover.answered(envelope, answer)
-
-    def _got_LookUp(self, envelope: msg.Envelope, body: msg.LookUp, fresh: bool) -> None:
-        del fresh
-        self.reply(envelope, msg.LookUpAnswer(body.name, self.replica.content([body.name])))
-
-    def _got_LookUpAnswer(self, envelope: msg.Envelope, answer: msg.LookUpAnswer, fresh: bool) -> None:
-        del fresh
-        self.joined(self.replica.join_content(answer.content))
-        self.desk.looked_up(answer.name, envelope.sender)
-
-    def _got_RestartAsk(self, envelope: msg.Envelope, body: msg.RestartAsk, fresh: bool) -> None:
-        del envelope, fresh
-        winner = self.replica.winner(body.name)
-        if winner is not None and winner[0] == body.dot:
-            self.supervision.restart(body.name)
-            self.mark([body.name])
-
-    def _got_CodeAsk(self, envelope: msg.Envelope, body: msg.CodeAsk, fresh: bool) -> None:
-        del fresh
-        code = {digest: self.replica.code[digest] for digest in body.digests if digest in self.replica.code}
-        if code:
-            self.reply(envelope, msg.CodeAnswer(code))
-
-    def _got_CodeAnswer(self, envelope: msg.Envelope, body: msg.CodeAnswer, fresh: bool) -> None:
-        del envelope, fresh
-        self.replica.take_code(body.code)
-        self.mark(self._waiting)
+        self.inbox.take(event.envelope)
 
     # What hosts say of lives
 
@@ -317,7 +206,7 @@ class Registry:
     # Looking at a name
 
     def _evaluate(self, name: Name) -> None:
-        self._waiting.discard(name)
+        self.waiting.discard(name)
         self._crowded.discard(name)
         self._reap(name)
         if self.membership.ready and self.owns(name):
@@ -327,7 +216,7 @@ class Registry:
                 if self.barrier.permits(name):
                     self._settle(name, *winner)
                 else:
-                    self._waiting.add(name)
+                    self.waiting.add(name)
             self.handover.plan(name)
         elif self.membership.ready and self.membership.placement.owner(name) is None:
             self._evict(name)
@@ -370,11 +259,11 @@ class Registry:
         if status is not None and status.state == "failed":
             return
         if record.spec.code not in self.replica.code:
-            self._waiting.add(name)
+            self.waiting.add(name)
             return
         reason = self._not_admitted(status)
         if reason:
-            self._waiting.add(name)
+            self.waiting.add(name)
             self._crowded.add(name)
             if status is None or (status.state, status.reason) != ("pending", reason):
                 incarnation, restarts, crashes = (status.incarnation, status.restarts, status.crashes) if status else (0, 0, 0)
@@ -416,7 +305,7 @@ class Registry:
             self.notice(notices.NestReady(self.me, self.me))
             self.mark(self.replica)
             self.mark(self.holds.names())
-        self._placement_changed()
+        self.placement_changed()
         self.supervision.run_timers()
         self.desk.run()
         for _ in range(min(NAMES_A_STEP, len(self._dirty))):
@@ -436,12 +325,12 @@ class Registry:
         for life in sorted(old - view):
             self.notice(notices.NestLeft(self.me, life))
         self.barrier.adopted(old)
-        self._asks = {life: attempt for life, attempt in self._asks.items() if life in view}
+        self.asks = {life: attempt for life, attempt in self.asks.items() if life in view}
         self.handover.view_changed()
         self.mark(self.replica)
         self.mark(self.holds.names())
 
-    def _placement_changed(self) -> None:
+    def placement_changed(self) -> None:
         """Placed names have new owners: like a view of its own, or answers given before could be taken for later ones (M3)."""
         placement = self.membership.placement
         seen = (placement, self.replica.version)
@@ -467,13 +356,13 @@ class Registry:
         if not self.membership.ready:
             return
         missing = self.barrier.unanswered()
-        for life in [life for life in self._asks if life not in missing]:
-            del self._asks[life]
+        for life in [life for life in self.asks if life not in missing]:
+            del self.asks[life]
         for life in missing:
-            attempt = self._asks.get(life)
+            attempt = self.asks.get(life)
             if attempt is None or attempt.again_at <= self.now:
                 count = attempt.count if attempt else 0
-                self._asks[life] = Attempt(self.now + self.config.retry_interval, count + 1)
+                self.asks[life] = Attempt(self.now + self.config.retry_interval, count + 1)
                 self.send(life, msg.BarrierAsk(self.membership.number), count)
 
     def _synchronise(self) -> None:
@@ -496,7 +385,7 @@ class Registry:
             self._forget_the_dead()
         for life, session in list(self.sync.sessions.items()):
             if session.ask_again_at <= self.now:
-                self.send(life, self.sync.ask(life, self.now, self._fading(), self.membership.view), session.attempts - 1)
+                self.send(life, self.sync.ask(life, self.now, self.fading(), self.outlook()), session.attempts - 1)
 
     def _ask_code(self) -> None:
         if self._code_ask_at > self.now:
@@ -518,10 +407,13 @@ class Registry:
 
     # The dead are forgotten in the end (S2)
 
-    def _fading(self) -> list[Life]:
+    def fading(self) -> list[Life]:
         """Ids that have been dead for half the horizon: no longer shared, or they would go round for ever."""
         since = self.now - self.config.context_horizon / 2
-        return [peer.life for peer in self.membership.absent() if peer.absent_since < since]
+        return [peer.life for peer in self.membership.absent() if peer.absent_since is not None and peer.absent_since < since]
+
+    def outlook(self) -> msg.Outlook:
+        return self.membership.outlook(self.fading(), self.now)
 
     def _forget_the_dead(self) -> None:
         """What is kept of a dead nest goes after the horizon; that it was there is remembered for some more, should it come back."""
@@ -529,7 +421,7 @@ class Registry:
         for life in (self.replica.birds.context.lives() | set(self.replica.nodes)) - {self.me}:
             membership.peer(life)
         for peer in membership.absent():
-            if peer.absent_since == 0.0:
+            if peer.absent_since is None:
                 peer.absent_since = self.now  # known by hearsay only
             elif peer.absent_since <= self.now - horizon:
                 forgotten = self.replica.forget(peer.life)

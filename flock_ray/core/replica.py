@@ -90,6 +90,7 @@ class Replica:
         self.nodes: dict[Life, NodeRecord] = {}
         self.code: dict[str, bytes] = {}
         self.had_cpus = False  # did any node ever offer CPUs? (P1)
+        self.nodes_version = 0  # grows with what the ring is made of
         self.placed: dict[Dot, Name] = {}  # what is placed by resources (P2)
         self.version = 0  # grows when the placement of those may change
         self.latest_stamp = Stamp(0, 0)  # of any spec seen, for the hybrid logical clock
@@ -167,10 +168,16 @@ class Replica:
         """Keeps the code that some spec needs."""
         self.code.update({digest: body for digest, body in code.items() if self._users[digest]})
 
-    def learn(self, nodes: Iterable[NodeRecord]) -> None:
+    def learn(self, nodes: Iterable[NodeRecord], had_cpus: bool = False) -> None:
+        """Takes node records in, and whether any node ever had CPUs as a peer knows it: the record that said so may be gone (P1)."""
         for node in nodes:
-            self.nodes.setdefault(node.life, node)
-            self.had_cpus = self.had_cpus or node.cpus > 0
+            if node.life not in self.nodes:
+                self.nodes[node.life] = node
+                self.nodes_version += 1
+            had_cpus = had_cpus or node.cpus > 0
+        if had_cpus and not self.had_cpus:
+            self.had_cpus = True
+            self.nodes_version += 1
 
     def forget(self, life: Life) -> bool:
         """Drops a dead life's id and node record, unless an entry still uses it (S2)."""

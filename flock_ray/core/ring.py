@@ -105,8 +105,8 @@ def ring_from(weights: tuple[tuple[str, int], ...]) -> Ring:
     return Ring(dict(weights))
 
 
-def ring_of(lives: Iterable[Life], nodes: Mapping[Life, NodeRecord], had_cpus: bool) -> Ring:
-    """The ring of a view (P1).
+def weights_of(lives: Iterable[Life], nodes: Mapping[Life, NodeRecord], had_cpus: bool) -> dict[str, int]:
+    """The points of each node of a view (P1).
 
     Args:
         lives: the nests of the view, at most one of each node.
@@ -117,7 +117,12 @@ def ring_of(lives: Iterable[Life], nodes: Mapping[Life, NodeRecord], had_cpus: b
     for life in lives:
         record = nodes.get(life)
         weights[life.node] = 0 if record is None else points(record.cpus) if had_cpus else POINTS_WITHOUT_CPUS
-    return ring_from(tuple(sorted(weights.items())))
+    return weights
+
+
+def ring_of(lives: Iterable[Life], nodes: Mapping[Life, NodeRecord], had_cpus: bool) -> Ring:
+    """The ring of a view: of `weights_of`."""
+    return ring_from(tuple(sorted(weights_of(lives, nodes, had_cpus).items())))
 
 
 class Placement:
@@ -131,6 +136,7 @@ class Placement:
         self.by_node = {life.node: life for life in lives}
         self._replica = replica
         self.ring = ring_of(lives, replica.nodes, replica.had_cpus)
+        self._nodes_version = replica.nodes_version
         self._version = -1
         self._table: dict[Name, str | None] = {}
         self._reasons: dict[Name, str] = {}
@@ -146,6 +152,14 @@ class Placement:
         if self.owner(name) is not None:
             return ""
         return self._reasons.get(name, "no node of this view has CPUs")
+
+    @property
+    def outdated(self) -> bool:
+        """Has the replica learnt something since by which this view's ring is another?"""
+        if self._nodes_version == self._replica.nodes_version:
+            return False
+        self._nodes_version = self._replica.nodes_version
+        return weights_of(self.lives, self._replica.nodes, self._replica.had_cpus) != self.ring.weights
 
     def table(self) -> Mapping[Name, str | None]:
         """The nodes of all names with demands."""

@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flock_ray.core.aworset import ROOT, Prefix
-from flock_ray.core.messages import SyncAnswer, SyncAsk
+from flock_ray.core.messages import Outlook, SyncAnswer, SyncAsk
 from flock_ray.core.replica import RecordChange, Replica, Update
-from flock_ray.specs import Life, NodeRecord
+from flock_ray.specs import Life
 
 NODES_A_STEP = 128  # of the tree in one message: 4 KB of hashes, or some thousand names
 
@@ -57,7 +57,7 @@ class Sync:
         self._number += 1
         self.sessions[peer] = Session(self._number, exchange, [ROOT])
 
-    def ask(self, peer: Life, now: float, fading: Iterable[Life], view: frozenset[Life]) -> SyncAsk:
+    def ask(self, peer: Life, now: float, fading: Iterable[Life], outlook: Outlook) -> SyncAsk:
         """The next step with a peer, or the same again."""
         session = self.sessions[peer]
         session.asked = tuple(session.todo[:NODES_A_STEP])
@@ -65,29 +65,23 @@ class Sync:
         session.attempts += 1
         hashes = tuple((prefix, self._replica.birds.digest(prefix)) for prefix in session.asked)
         context = self._replica.shareable_context(fading).fingerprint()
-        return SyncAsk(session.number, hashes, context, self._nodes(fading), view)
+        return SyncAsk(session.number, hashes, context, outlook)
 
-    def answer(self, ask: SyncAsk, fading: Iterable[Life], view: frozenset[Life]) -> SyncAnswer:
+    def answer(self, ask: SyncAsk, fading: Iterable[Life], outlook: Outlook) -> SyncAnswer:
         birds = self._replica.birds
-        self._replica.learn(ask.nodes)
         children, leaves = birds.descend(dict(ask.hashes))
         content = self._replica.content(leaves=leaves) if leaves else None
         context = None
         if not children and not leaves and any(prefix == ROOT for prefix, _ in ask.hashes):
             shared = self._replica.shareable_context(fading)
             context = shared if shared.fingerprint() != ask.context else None
-        return SyncAnswer(ask.session, tuple(children.items()), content, context, self._nodes(fading), view)
-
-    def _nodes(self, fading: Iterable[Life]) -> tuple[NodeRecord, ...]:
-        gone = set(fading)
-        return tuple(record for life, record in self._replica.nodes.items() if life not in gone)
+        return SyncAnswer(ask.session, tuple(children.items()), content, context, outlook)
 
     def proceed(self, peer: Life, answer: SyncAnswer) -> Progress | None:
         """Takes an answer in; `None` if nobody waits for it (a duplicate, or of an older comparison)."""
         session = self.sessions.get(peer)
         if session is None or session.number != answer.session or not session.asked:
             return None
-        self._replica.learn(answer.nodes)
         changes: list[RecordChange] = []
         news = None
         if answer.content is not None:

@@ -30,6 +30,8 @@ FIND_SECONDS = 10.0  # how long a nest is looked for
 READ_SECONDS = 30.0  # how long a nest may be away before a look into its replica gives up
 REMEMBERED = 65_536  # names whose last dot is kept
 
+_DEFAULTS = Config()
+
 Request = TypeVar("Request", ev.Start, ev.Stop, ev.Restart, ev.Locate)
 
 
@@ -49,6 +51,11 @@ class Asks:
     def known_config(self) -> Config | None:
         """The flock's settings, once anything was asked."""
         return self._config
+
+    @property
+    def send_window(self) -> int:
+        """How many messages of one caller to one bird may be unanswered."""
+        return (self._config or _DEFAULTS).send_window
 
     def written(self, name: Name) -> Dot | None:
         """The last dot this process wrote for the name."""
@@ -92,9 +99,11 @@ class Asks:
         if not isinstance(outcome, ev.Done):
             raise self._error(outcome, name)
 
-    async def locate(self, name: Name, wanted: str, until: float, after: Dot | None, avoid: Route | None = None) -> ev.Outcome:
+    async def locate(
+        self, name: Name, wanted: str, until: float, after: Dot | None, avoid: Route | None = None, casts: int = 0
+    ) -> ev.Outcome:
         """Waits until a bird is `wanted`; the outcome as the nest says it."""
-        return await self._ask(ev.Locate(_id(), name, wanted, None, after or self.written(name), avoid), until)
+        return await self._ask(ev.Locate(_id(), name, wanted, None, after or self.written(name), avoid, casts), until)
 
     async def wait(self, name: Name, wanted: str, until: float, after: Dot | None) -> None:
         outcome = await self.locate(name, wanted, until, after)

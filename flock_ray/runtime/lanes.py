@@ -39,7 +39,6 @@ FRESH = 0.2  # seconds
 PING_SECONDS = 2.0  # a busy host is given the benefit of the doubt after this; a dead one is known before
 AVOID_SECONDS = 3.0  # how long another route is insisted on; a bird can come back to where it was
 RETRY_PAUSE = 0.05  # seconds before a host that could not be reached is tried again
-WINDOW = 10_000  # unanswered messages a lane holds; more is more memory on both sides, less stops bursts of casts sooner
 
 
 class Way(NamedTuple):
@@ -92,8 +91,9 @@ class Lane:
             CallCycle: the bird waits for this very call.
         """
         with self._lock:
-            if len(self._sent) + len(self._queue) >= WINDOW and watched:
-                text = f"{WINDOW} messages to bird {self.name!r} are not answered yet; slow down, or wait for some of them"
+            window = self.client.asks.send_window
+            if len(self._sent) + len(self._queue) >= window and watched:
+                text = f"{window} messages to bird {self.name!r} are not answered yet; slow down, or wait for some of them"
                 raise errors.MailboxFull(text, self.name)
             way = self._open_way()
             if way is None:
@@ -361,7 +361,7 @@ class Lane:
         after = next((message.dot for message in reversed(tuple(self._queue)) if message.dot is not None), None)
         self._nudge = asyncio.Event()
         asking = asyncio.ensure_future(
-            self.client.asks.locate(self.name, "running", until, after or self.client.asks.written(self.name), avoid)
+            self.client.asks.locate(self.name, "running", until, after, avoid, sum(message.cast for message in tuple(self._queue)))
         )
         nudged = asyncio.ensure_future(self._nudge.wait())
         try:

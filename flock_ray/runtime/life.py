@@ -260,7 +260,7 @@ class HostedLife:
         if found is None or isinstance(found, type) or not callable(found):
             return refusal(f"{who} {self._lacks(method)}", "AttributeError")
         if inspect.isgeneratorfunction(found) or inspect.isasyncgenfunction(found):
-            text = f"{who}: {method!r} is a generator method: use flock_ray.stream(name, {method!r}, ...)"
+            text = f"{who}: {method!r} is a generator method, and a call has one result: return a list instead"
             return refusal(text, "TypeError")
         return None
 

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from flock_ray import errors
+from flock_ray.config import Config
 from flock_ray.core import events as ev
 from flock_ray.core import wire
 from flock_ray.runtime import inside, lanes
@@ -287,8 +288,8 @@ def test_methods_of_one_bird_are_one_caller_whatever_their_threads(caller):
     assert host.got[-1].head.caller != host.got[0].head.caller
 
 
-def test_the_send_window_is_limited(caller, monkeypatch):
-    monkeypatch.setattr(lanes, "WINDOW", 10)
+def test_the_send_window_is_limited(caller):
+    caller.client.asks._config = Config(send_window=10)
     host = caller.warm()
     host.holds = True
     for n in range(10):

@@ -60,3 +60,52 @@ def test_a_short_absence_throws_nothing_away():
     world.run(world.time + 15.0)
     world.calm()
     assert world.fresh_starts == 0
+
+
+FIVE = replace(MIXES["quiet"], nodes=5, up=4)
+
+
+def lonely_world(then):
+    """Node 3 is cut off from 0, 1 and 2, where all birds are stopped and forgotten; node 4 joins its side. `then` happens there."""
+    world = World(FIVE, 5, config=SHORT)
+    world.run(5.0)
+    world.calming = True
+    for _ in range(6):
+        world.fault("start")
+    world.run(world.time + 5.0)
+    world.cuts = {(i, j) for i in range(5) for j in range(5) if (i < 3) != (j < 3)}
+    world.run(world.time + 10.0)
+    for name in list(world.nodes[0].nest.replica):
+        world._ask("stop", world.nodes[0], name, lambda r, name=name: Stop(r, name))
+    world.boot(world.nodes[4])
+    world.run(world.time + 10.0)
+    assert len(world.nodes[4].nest.replica) > 0, "the newcomer has what the lonely side has"
+    then(world)
+    world.run(world.time + 70.0)
+    world.calm()
+    return world
+
+
+def restart_nest(world, node):
+    node.nest = None
+    world._back(node, node.life)
+
+
+def bury(node, world):
+    node.alive, node.nest = False, None
+    world._end_hosts(node)
+
+
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda world: None,
+        lambda world: restart_nest(world, world.nodes[3]),
+        lambda world: bury(world.nodes[3], world),
+    ],
+    ids=["both stay", "the one that was cut off restarts", "only the newcomer stays"],
+)
+def test_who_joined_a_side_that_was_away_for_long_brings_nothing_back_either(then):
+    world = lonely_world(then)
+    assert world.fresh_starts >= 1
+    assert all(len(node.nest.replica) == 0 for node in world.nodes if node.alive), "what was stopped, and forgotten, came back"

@@ -336,7 +336,7 @@ def test_the_remote_traceback_travels_with_the_exception(bench):
         ("_private", "AttributeError", "private"),
         ("n", "AttributeError", "no method"),
         ("seen", "AttributeError", "no method"),
-        ("numbers", "TypeError", "stream"),
+        ("numbers", "TypeError", "return a list"),
         ("lock", "TypeError", "'tweety'.lock"),
         ("strange", "RemoteError", "StrangeError: a"),
         ("quit", "RemoteError", "SystemExit: 3"),

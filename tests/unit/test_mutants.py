@@ -10,7 +10,7 @@ from itertools import count
 
 import pytest
 
-from flock_ray.core import aworset, barrier, handover, holds, membership, registry, replica, supervision, sync
+from flock_ray.core import aworset, barrier, handover, holds, inbox, membership, registry, replica, supervision, sync
 from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
 from flock_ray.core.membership import Condition
@@ -59,12 +59,13 @@ def a_verdict_voids_nothing(patch):
 def answers_are_good_for_every_view(patch):
     """The echo of the view's number is not looked at, nor whether an older answer overtook."""
 
-    def got(self, envelope, answer, fresh):
-        if envelope.accepts and envelope.sender in self.membership.view:
-            self.mark(self.barrier.take(envelope.sender, answer))
-            self.mark(self._waiting)
+    def got(self, envelope, answer):
+        nest = self._nest
+        if envelope.accepts and envelope.sender in nest.membership.view:
+            nest.mark(nest.barrier.take(envelope.sender, answer))
+            nest.mark(nest.waiting)
 
-    patch.setattr(registry.Registry, "_got_BarrierAnswer", got)
+    patch.setattr(inbox.Inbox, "_on_BarrierAnswer", got)
     patch.setattr(barrier.Barrier, "void", lambda self, life: None)
 
 
@@ -214,6 +215,6 @@ def test_the_simulator_catches(bug, mixes, monkeypatch):
 
 def test_events_of_the_core_are_all_handled():
     """A handler that is missing would be found only when its message comes."""
-    for union, prefix in ((ev.Event, "_on_"), (msg.Body, "_got_")):
+    for union, taker in ((ev.Event, registry.Registry), (msg.Body, inbox.Inbox)):
         for kind in union.__args__:
-            assert kind is msg.Relay or hasattr(registry.Registry, prefix + kind.__name__)
+            assert kind is msg.Relay or hasattr(taker, f"_on_{kind.__name__}")
