@@ -129,11 +129,8 @@ def test_birds_outlive_their_driver_and_keep_its_runtime_env_on_nodes_that_never
     assert list(cached.iterdir())
     for path in cached.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    node = flyground.add()
+    node, moved = newcomer_that_owns_some(flyground, names)
     try:
-        ring = ring_from(tuple(sorted((nest.node_id, nest.weight) for nest in eventually(lambda: four_nests(), "a fourth nest"))))
-        moved = [own for own in names if ring.owner(own) == node.node_id]
-        assert moved, "the ring gives the newcomer none of eight names: choose others"
         for own in moved:
             eventually(lambda own=own: flock_ray.where(own) == node.node_id and flock_ray.info(own).state == "running", "it has moved")
             assert flock_ray.call(own, "line", timeout=60) == "tweet"
@@ -145,9 +142,18 @@ def test_birds_outlive_their_driver_and_keep_its_runtime_env_on_nodes_that_never
         eventually(lambda: len(flock_ray.nests()) == 3, "three nests again")
 
 
-def four_nests():
-    nests = flock_ray.nests()
-    return nests if len(nests) == 4 else None
+def newcomer_that_owns_some(flyground, names):
+    """A node that joins, and which of the names its ring gives it. By chance that may be none: then another comes."""
+    for _ in range(6):
+        node = flyground.add()
+        nests = eventually(lambda: len(nests := flock_ray.nests()) == 4 and nests, "a fourth nest")
+        ring = ring_from(tuple(sorted((nest.node_id, nest.weight) for nest in nests)))
+        moved = [own for own in names if ring.owner(own) == node.node_id]
+        if moved:
+            return node, moved
+        flyground.crash(node)
+        eventually(lambda: len(flock_ray.nests()) == 3, "the nests are three again")
+    raise AssertionError(f"none of six nodes owned one of {names}")
 
 
 def test_a_class_of_main_outlives_its_driver(flyground, name, tmp_path):
