@@ -8,6 +8,7 @@ refused with what to use instead, never ignored. Ray itself is not imported: its
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, cast, get_origin
 
@@ -17,6 +18,7 @@ from flock_ray.specs import Options
 AnyClass = TypeVar("AnyClass")
 
 _DEFAULTS = "__flock_ray_defaults__"
+_SELECTOR = re.compile(r"!?(in\([^()]+\)|[^!()]+)")
 _KNOWN = [*Options._fields, "runtime_env"]
 
 _CHOICES = {
@@ -91,6 +93,8 @@ def _number(key: str, value: Any) -> float | None:
     number = not isinstance(value, bool) and isinstance(value, int | float)
     if not number or not (value > 0 if positive else value >= 0) or value == float("inf"):
         _refuse(key, value, f"a finite number {'above' if positive else 'of at least'} 0")
+    if key.startswith(("num_", "resources")) and round(value, 4) != value:
+        _refuse(key, value, "a multiple of 0.0001, as fine as Ray counts")
     return float(value)
 
 
@@ -103,6 +107,8 @@ def _pairs(key: str, value: Any) -> tuple[tuple[str, Any], ...]:
         if key == "label_selector":
             if not isinstance(amount, str):
                 _refuse(f"{key}[{what!r}]", amount, "a str")
+            elif not _SELECTOR.fullmatch(amount):
+                _refuse(f"{key}[{what!r}]", amount, "'value', '!value', 'in(a,b)' or '!in(a,b)'")
         elif what in ("CPU", "GPU", "memory"):
             instead = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}[what]
             raise TypeError(f"resources[{what!r}] is given by the option {instead!r}")
@@ -195,12 +201,3 @@ def methods(cls: type) -> Iterator[str]:
         thing = inspect.getattr_static(cls, name, None)
         if not name.startswith("_") and (callable(thing) or isinstance(thing, staticmethod | classmethod)):
             yield name
-
-
-def is_async(cls: type) -> bool:
-    """Has the class an `async def` method? Then its birds interleave, and may be called back (C4)."""
-    for name in dir(cls):
-        thing = inspect.getattr_static(cls, name, None)
-        if inspect.iscoroutinefunction(thing) or inspect.isasyncgenfunction(thing):
-            return True
-    return False

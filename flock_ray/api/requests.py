@@ -14,8 +14,9 @@ from flock_ray.api import starting
 from flock_ray.api.bird import Bird, check_method, check_timeout
 from flock_ray.api.options import methods, resolve, unwrap
 from flock_ray.config import Config
-from flock_ray.errors import BirdNotFound
+from flock_ray.errors import BirdNotFound, FlockNotRunning
 from flock_ray.runtime.client import DEFAULT, Client, client_of
+from flock_ray.runtime.inside import current_flock
 from flock_ray.runtime.pending import FOREVER, Default
 from flock_ray.specs import BirdInfo, Dot, Name, NestInfo, Spec, check_name
 
@@ -61,11 +62,9 @@ class Requests:
 
     def _begin(self, name: object, cls: object, given: Mapping[str, Any]) -> tuple[Client, Name]:
         """Checks what `start` was given, before anything is brought up."""
-        if isinstance(name, Bird):
-            name = name._name
-        check_name(name)
         resolve(cls, given)
-        return client_of(self.name), name  # type: ignore[return-value]  # it is a name, as just checked
+        client, plain, _ = self._target(name)
+        return client, plain
 
     def _spec(
         self, name: Name, cls: object, args: tuple[Any, ...], kwargs: dict[str, Any], given: Mapping[str, Any], config: Config
@@ -73,7 +72,12 @@ class Requests:
         return starting.make_spec(name, cls, args, kwargs, given, config.start_argument_limit)
 
     async def _started(self, client: Client, name: Name, spec: Spec, code: bytes) -> Dot:
-        accepted = await client.asks.start(name, spec, code, time.time_ns(), self._until(client, DEFAULT))
+        try:
+            accepted = await client.asks.start(name, spec, code, time.time_ns(), self._until(client, DEFAULT))
+        except FlockNotRunning:  # somebody else destroyed the flock that this process knew: a start begins another
+            client.asks.forget()
+            await client.asks.ensure({})
+            accepted = await client.asks.start(name, spec, code, time.time_ns(), self._until(client, DEFAULT))
         if not accepted.existed:
             client.outdate(name)
         return accepted.dot
@@ -83,11 +87,13 @@ class Requests:
 
     async def _stop(self, name: object) -> None:
         client, plain, dot = self._target(name)
+        await client.asks.config()
         await client.asks.stop(plain, dot, self._until(client, DEFAULT))
         client.outdate(plain)
 
     async def _restart(self, name: object) -> None:
         client, plain, dot = self._target(name)
+        await client.asks.config()
         await client.asks.restart(plain, dot, self._until(client, DEFAULT))
         client.outdate(plain)
 
@@ -151,6 +157,9 @@ class Requests:
         return found
 
     async def _destroy(self, client: Client) -> None:
+        if current_flock() == client.flock:
+            text = f"a bird of flock {client.flock!r} cannot destroy it, for the end waits for the bird's methods; do it from outside"
+            raise RuntimeError(text)
         await client.courier.blocking(client.links.destroy, client.flock)
         client.forget()
 

@@ -16,9 +16,10 @@ from typing import Any
 from ray import cloudpickle
 from ray.runtime_env import RuntimeEnv
 
-from flock_ray.api.options import is_async, resolve
+from flock_ray.api.options import resolve
 from flock_ray.runtime import cluster, payload
 from flock_ray.runtime.client import culprit
+from flock_ray.runtime.life import is_async
 from flock_ray.specs import Name, Spec, Stamp
 
 
@@ -93,6 +94,11 @@ def _merged(own: str | None, given: Mapping[str, Any] | None) -> str | None:
         child = dict(RuntimeEnv(**given))
     except ValueError as error:
         raise TypeError(f"runtime_env is impossible: {error}") from error
+    for field in ("working_dir", "py_modules"):
+        for path in [child[field]] if isinstance(child.get(field), str) else child.get(field) or ():
+            if not isinstance(path, str) or "://" not in path:
+                text = f"runtime_env[{field!r}] of a bird must be a URI, not {path!r}: Ray uploads a local path only for the whole job"
+                raise TypeError(f"{text}; give it to ray.init(runtime_env=...)")
     parent = json.loads(own) if own else {}
     merged = {**parent, **child}
     if "env_vars" in parent and "env_vars" in child:

@@ -84,8 +84,10 @@ class Desk:
             again = record.spec.request_id == spec.request_id
             if again or (spec.options.if_exists == "ok" and record.spec.same_bird(spec)):
                 nest.answer(event.request, ev.Accepted(dot, existed=not again))
+            elif spec.options.if_exists == "ok" and (spec.module, spec.qualname) == (record.spec.module, record.spec.qualname):
+                nest.answer(event.request, ev.Differs(dot, record.spec.args))
             elif spec.options.if_exists == "ok":
-                text = f"bird {name!r} exists with another class or other arguments: it is a {record.spec.class_name}"
+                text = f"bird {name!r} exists with another class: it is a {record.spec.class_name}"
                 nest.answer(event.request, ev.Refused("BirdExists", text, name))
             else:
                 text = f'bird {name!r} exists already; stop it first, or start with options(if_exists="ok")'
@@ -227,7 +229,7 @@ class Desk:
         holds = status is not None and status.state != "failed" and status.life in nest.membership.view
         to = status.life if status is not None and holds else nest.membership.placement.owner(waiter.name)
         if to is not None and to != nest.me:
-            nest.send(to, msg.RestartAsk(waiter.name, dot))
+            nest.send(to, msg.RestartAsk(waiter.name, dot, waiter.incarnation))
         waiter.again_at = nest.now + nest.config.retry_interval
 
     def _route(self, waiter: Waiter, dot: Dot, record: Record) -> None:
@@ -258,7 +260,8 @@ class Desk:
         elif self._nest.membership.ready and waiter.wanted != "gone":
             self._finish_unknown(waiter)
             return
-        text = f"bird {waiter.name!r} was not {waiter.wanted} in time: it is {state}"
+        wish = {"stop": "could not be stopped", "restart": "could not be restarted"}.get(waiter.wanted, f"was not {waiter.wanted}")
+        text = f"bird {waiter.name!r} {wish} in time: it is {state}"
         self._finish(waiter, ev.Refused("CallTimeout", text, waiter.name, detail))
 
     def _finish(self, waiter: Waiter, outcome: ev.Outcome) -> None:

@@ -158,6 +158,16 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class Differs:
+    """`if_exists="ok"`, and a bird of that class is there, with other bytes for its arguments. Equal arguments may be pickled differently,
+    and a nest unpickles nothing of users (S5): who asked has to compare. `args` is the pickle of `(args, kwargs)`.
+    """
+
+    dot: Dot
+    args: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """It is so: stopped, restarted, gone, or known."""
 
@@ -174,4 +184,4 @@ class Refused:
     detail: str = ""
 
 
-Outcome: TypeAlias = Accepted | Done | Route | Refused
+Outcome: TypeAlias = Accepted | Differs | Done | Route | Refused

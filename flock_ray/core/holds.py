@@ -32,6 +32,7 @@ class BirdLife:
     host: str = ""
     restarts: int = 0
     crashes: int = 0
+    exits: int = 0  # in a row, of a permanent bird that leaves
     error: str = ""
     running_since: float = 0.0
     due: float = 0.0

@@ -144,6 +144,7 @@ class Inbox:
         del envelope
         nest = self._nest
         winner = nest.replica.winner(body.name)
-        if winner is not None and winner[0] == body.dot:
+        seen = winner[1].status.incarnation if winner is not None and winner[1].status is not None else 0
+        if winner is not None and winner[0] == body.dot and seen <= body.incarnation:  # else a repeated ask: it has a new life already
             nest.supervision.restart(body.name)
             nest.mark([body.name])

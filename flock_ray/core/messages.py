@@ -154,10 +154,11 @@ class LookUpAnswer:
 
 @dataclass(frozen=True, slots=True)
 class RestartAsk:
-    """`restart(name)`, passed on to the nest that holds or owns it."""
+    """`restart(name)`, passed on to the nest that holds or owns it. A later incarnation than the one seen is restarted already."""
 
     name: Name
     dot: Dot
+    incarnation: int
 
 
 @dataclass(frozen=True, slots=True)

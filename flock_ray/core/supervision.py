@@ -142,15 +142,22 @@ class Supervision:
         if options.restart == "temporary":
             self._left(life)
             return
-        if life.phase is Phase.RUNNING and self._nest.now - life.running_since >= options.healthy_after:
+        if self._was_healthy(life):
             life.crashes = 0
         life.crashes += 1
         life.restarts += 1
         if life.crashes > options.max_restarts:
             self._fail(life)
             return
-        backoff = min(self._nest.config.backoff_initial * 2.0 ** (life.crashes - 1), self._nest.config.backoff_max)
-        self._back_off(life, self._nest.now + backoff * (0.5 + self._nest.jitter() / 2))
+        self._back_off(life, self._after_pause(life.crashes))
+
+    def _was_healthy(self, life: BirdLife) -> bool:
+        return life.phase is Phase.RUNNING and self._nest.now - life.running_since >= life.spec.options.healthy_after
+
+    def _after_pause(self, lives: int) -> float:
+        """When the next life is due, after so many short ones in a row."""
+        pause = min(self._nest.config.backoff_initial * 2.0 ** min(lives - 1, 64), self._nest.config.backoff_max)
+        return self._nest.now + pause * (0.5 + self._nest.jitter() / 2)
 
     def _fail(self, life: BirdLife) -> None:
         life.phase = Phase.ENDING  # it is no hold any more: a failed bird runs nowhere
@@ -176,7 +183,8 @@ class Supervision:
             return
         if life.spec.options.restart == "permanent" and life.phase is not Phase.ENDING:
             life.restarts += 1
-            self._back_off(life, self._nest.now + self._nest.config.backoff_initial)
+            life.exits = 1 if self._was_healthy(life) else life.exits + 1
+            self._back_off(life, self._after_pause(life.exits))  # it has not crashed, but one that leaves at once must not spin either
         else:
             self._left(life)
 

@@ -81,6 +81,12 @@ class Asks:
 
     async def start(self, name: Name, spec: Spec, code: bytes, wall: int, until: float) -> ev.Accepted:
         outcome = await self._ask(ev.Start(spec.request_id, name, spec, code, wall), until)
+        if isinstance(outcome, ev.Differs):
+            if not _same(spec.args, outcome.args):
+                text = f"bird {name!r} exists with other arguments; stop it first, or start it with the same"
+                outcome = ev.Refused("BirdExists", text, name)
+            else:
+                outcome = ev.Accepted(outcome.dot, existed=True)
         if isinstance(outcome, ev.Accepted):
             self._written[name] = outcome.dot
             self._written.move_to_end(name)
@@ -170,6 +176,14 @@ class Asks:
         if self._nest is not None:
             with contextlib.suppress(Exception):  # it was only a favour
                 self._nest.ask(pickle.dumps(ev.Cancel(request), protocol=5))
+
+
+def _same(one: bytes, other: bytes) -> bool:
+    """Are pickled arguments equal, as Python sees it?"""
+    try:
+        return bool(pickle.loads(one) == pickle.loads(other))
+    except Exception:  # a class of the other starter's, or an `==` of a user's that raises: they cannot be said to be equal
+        return False
 
 
 def _id() -> str:

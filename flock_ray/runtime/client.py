@@ -46,6 +46,7 @@ class Client:
         self._here = threading.local()
         self._by_life: weakref.WeakKeyDictionary[Any, dict[Name, Lane]] = weakref.WeakKeyDictionary()
         self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
+        self._lanes_lock = threading.Lock()
 
     # Calls
 
@@ -153,7 +154,8 @@ class Client:
                 for idle in [other for other, kept in lanes.items() if kept.idle]:
                     del lanes[idle]
             lane = lanes[name] = Lane(self, name, f"{self._process}-{next(self._callers)}")
-            self._lanes.add(lane)
+            with self._lanes_lock:
+                self._lanes.add(lane)
         return lane
 
     def known(self, name: Name) -> tuple[Route, Link] | None:
@@ -186,14 +188,19 @@ class Client:
         """
         if inside.in_async_method():
             raise RuntimeError(f"waiting for {message.method!r} here would stop this bird's event loop; await asyncio.wrap_future(future)")
-        message.lane.check_waiting(inside.current_chain())
+        message.waited_in = inside.current_chain()  # looked at again when the way to the bird is known
+        message.lane.check_waiting(message.waited_in)
 
     # The end
 
     def flush(self, seconds: float) -> None:
         """Waits until everything sent is answered, at most so long."""
         until = time.monotonic() + seconds
-        while time.monotonic() < until and not all(lane.idle for lane in tuple(self._lanes)):
+        while time.monotonic() < until:
+            with self._lanes_lock:
+                lanes = tuple(self._lanes)
+            if all(lane.idle for lane in lanes):
+                return
             time.sleep(0.01)
 
     def forget(self) -> None:

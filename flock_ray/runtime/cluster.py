@@ -170,12 +170,16 @@ def nest_handle(life: str, node: str) -> ActorHandle[Any]:
 
 def _boot(flock: str, node: str) -> None:
     """Starts a nest from a driver process of its own, whose runtime_env is bare: nothing else makes an actor's so (RAY_FACTS)."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") or k.startswith("RAY_AUTH")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") or k.startswith(("RAY_AUTH", "RAY_USE_TLS", "RAY_TLS"))}
     package = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH", "")]))
     environment["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     command = [sys.executable, "-m", "flock_ray.runtime.boot", ray.get_runtime_context().gcs_address, flock, node]
-    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=BOOT_SECONDS, check=False)
+    try:
+        done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, timeout=BOOT_SECONDS, check=False)
+    except subprocess.TimeoutExpired as error:
+        text = f"the first nest of flock {flock!r} did not start in {BOOT_SECONDS:g} s; is the cluster's head reachable?"
+        raise FlockNotRunning(text) from error
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no reason was given"])[-1]
         raise FlockNotRunning(f"the first nest of flock {flock!r} could not be started ({last}); is flock_ray installed on the nodes?")
@@ -204,9 +208,7 @@ def ensure_flock(flock: str, settings: Mapping[str, Any]) -> Config:
     if record is not None and record.ending and not _ended(record):
         raise FlockNotRunning(f"flock {flock!r} is being destroyed; try again when that is done")
     if record is None or record.ending:
-        fresh = FlockLife(flock, uuid.uuid4().hex[:12], config, os.urandom(32))
-        internal_kv._internal_kv_put(_key(flock), pickle.dumps(fresh), overwrite=record is not None, namespace=_KV)
-        record = flock_life(flock) or fresh  # of two that began at once, one has won
+        record = _begin_life(flock, record, config)
     for name, value in settings.items():
         running = getattr(record.config, name)
         if running != value:
@@ -221,6 +223,16 @@ def ensure_flock(flock: str, settings: Mapping[str, Any]) -> Config:
     with _lock:
         _records[flock], _nests[flock] = record, (record.life, nest)
     return record.config
+
+
+def _begin_life(flock: str, ended: FlockLife | None, config: Config) -> FlockLife:
+    """The life that follows on another. Of several processes that begin one at once, all get the same."""
+    successor = b"after:" + (ended.life if ended is not None else flock).encode()
+    fresh = FlockLife(flock, uuid.uuid4().hex[:12], config, os.urandom(32))
+    internal_kv._internal_kv_put(successor, pickle.dumps(fresh), overwrite=False, namespace=_KV)
+    begun: FlockLife = pickle.loads(internal_kv._internal_kv_get(successor, namespace=_KV))
+    internal_kv._internal_kv_put(_key(flock), pickle.dumps(begun), overwrite=ended is not None, namespace=_KV)
+    return begun
 
 
 def _wait_ready(flock: str, nest: ActorHandle[Any]) -> None:
@@ -249,7 +261,7 @@ def local_nest(flock: str, timeout: float) -> ActorHandle[Any]:
         return known[1]
     record = flock_life(flock)
     if record is None or record.ending:
-        state = "is being destroyed" if record is not None else "was never started"
+        state = "is not running" if record is None or _ended(record) else "is being destroyed"
         raise FlockNotRunning(f"flock {flock!r} {state}; call flock_ray.init() or start a bird first")
     nest = _find_nest(record, timeout)
     with _lock:
@@ -401,12 +413,14 @@ def node_record(life: Any, node: Node, address: str) -> NodeRecord:
 def destroy(flock: str, timeout: float = 60.0) -> None:
     """Ends a flock everywhere: its life is marked as ending first, so that nothing of it starts anything any more (V4).
 
+    The mark stays until another life takes its place: to remove it might remove the record of that one.
+
     Raises:
         FlockNotRunning: there is no such flock.
     """
     require_ray()
     record = flock_life(flock)
-    if record is None:
+    if record is None or (record.ending and _ended(record)):
         raise FlockNotRunning(f"flock {flock!r} is not running, so there is nothing to destroy")
     ending = FlockLife(record.flock, record.life, record.config, record.secret, ending=True)
     internal_kv._internal_kv_put(_key(flock), pickle.dumps(ending), overwrite=True, namespace=_KV)
@@ -420,9 +434,6 @@ def destroy(flock: str, timeout: float = 60.0) -> None:
                 _kill(lambda node=node: nest_handle(record.life, node))  # type: ignore[misc]  # bound at once
             break
         time.sleep(0.1)
-    latest = flock_life(flock)
-    if latest is not None and latest.life == record.life:
-        internal_kv._internal_kv_del(_key(flock), namespace=_KV)
 
 
 def _living_nests(record: FlockLife) -> list[ActorHandle[Any]]:

@@ -31,7 +31,6 @@ class Courier:
         self._awake = False
         self._next_round: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
         self._round_set = False
-        self._pool = ThreadPoolExecutor(32, thread_name_prefix="flock_ray blocking")
         self._callbacks = ThreadPoolExecutor(8, thread_name_prefix="flock_ray callbacks")
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -104,9 +103,35 @@ class Courier:
         return await asyncio.wrap_future(self.submit(work))
 
     async def blocking(self, what: Callable[..., R], *args: Any) -> R:
-        """Runs what may block in a thread of a pool. Only on the thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, what, *args)
+        """Runs what may block in a thread of its own. Only on the thread.
+
+        No pool: those of concurrent.futures are closed before a process flushes its casts at its end, and what blocks is rare.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[R] = loop.create_future()
+
+        def settle(set_outcome: Callable[[Any], None], outcome: object) -> None:
+            if not done.done():
+                set_outcome(outcome)
+
+        def work() -> None:
+            try:
+                result = what(*args)
+            except BaseException as error:  # the waiter's, whatever it is
+                loop.call_soon_threadsafe(settle, done.set_exception, error)
+            else:
+                loop.call_soon_threadsafe(settle, done.set_result, result)
+
+        threading.Thread(target=work, name="flock_ray blocking", daemon=True).start()
+        return await done
 
     def run_callback(self, what: Callable[..., object], *args: Any) -> None:
-        """Runs a user's callback, which may block, in a pool of its own."""
-        self._callbacks.submit(what, *args)
+        """Runs a user's callback, which may block, in a pool of its own; what it raises is logged, as by concurrent.futures."""
+
+        def run() -> None:
+            try:
+                what(*args)
+            except Exception:
+                logger.exception("the callback %r of a future raised", what)
+
+        self._callbacks.submit(run)

@@ -257,6 +257,7 @@ H = TypeVar("H", bound=Host)
 def start(kind: type[H], boot: bytes, nest: Any) -> H:
     """Makes the host of this process, which is a Ray actor's."""
     name_records()
+    os.environ["FLOCK_RAY_FLOCK"] = pickle.loads(boot).flock  # threads and processes that the bird starts are in its flock too
     raylet = os.environ.get("RAY_RAYLET_PID")
     node_id = ray.get_runtime_context().get_node_id()
     return kind(pickle.loads(boot), RayNestLink(nest), node_id, int(raylet) if raylet else None, _leave)
@@ -273,6 +274,7 @@ def _leave(code: int) -> None:
 def label_output(name: Name, job_id: str) -> None:
     """Has Ray put the bird's name before its lines, and show them at the driver of the starter's job (tokens of Ray's log monitor)."""
     label = name if isinstance(name, str) and "\n" not in name and "\r" not in name else repr(name)
+    label = label.encode("utf-8", "backslashreplace").decode()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         stream.write(f":actor_name:{label}\n:job_id:{job_id}\n")

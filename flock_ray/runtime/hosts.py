@@ -6,9 +6,11 @@ A host's death is seen through a pidfd, in a millisecond and without a pending c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pickle
+import shutil
 import signal
 import uuid
 from collections.abc import Awaitable, Callable
@@ -109,9 +111,13 @@ class Hosts:
             if process.killed_for:
                 await self._in_thread(ray.kill, process.handle)
             await process.handle.hatch.remote(pickle.dumps(order))
-        except (ray.exceptions.RayError, ray.exceptions.RuntimeEnvSetupError, ValueError) as error:
-            if not process.over:
+        except Exception as error:  # Ray's many, and what a user's options may do to it: the life has not begun, or may not go on unwatched
+            if process.over:
+                return
+            if process.handle is None:
                 self._died(process, str(error))
+            else:
+                self._kill(process, str(error))
 
     def end(self, effect: do.EndLife) -> None:
         process = self._processes.get((effect.dot, effect.born))
@@ -176,6 +182,12 @@ class Hosts:
             await asyncio.sleep(0.02)
         for process in list(self._processes.values()):
             self._kill(process, reason)
+
+    def clear_up(self) -> None:
+        """The flock's life is over: nothing of it is to be found here any more."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another node of this machine still has something in it
+            self._directory.parent.rmdir()
 
     # What hosts say
 
@@ -299,5 +311,5 @@ def started(pid: int) -> int | None:
 
 
 def _end_unknown(pid: int) -> None:
-    if psutil.pid_exists(pid):
+    with contextlib.suppress(psutil.NoSuchProcess):
         psutil.Process(pid).kill()

@@ -53,7 +53,10 @@ class LifeHere(Protocol):
 
 
 class Inside:
-    """Whose code runs, and the birds that wait for it, outermost first, itself last."""
+    """Whose code runs, and the birds that wait for it, outermost first, itself last.
+
+    Nobody waits any more once the method has ended: tasks that it began inherit this, and set out with an empty chain.
+    """
 
     __slots__ = ("chain", "is_async", "life", "thread")
 
@@ -100,7 +103,7 @@ def send_after(seconds: float, method: str | Callable[..., Any], /, *args: Any, 
     Raises:
         AttributeError: there is no such method.
         RuntimeError: called outside a bird.
-        TypeError: the arguments cannot be pickled.
+        TypeError: the arguments cannot be pickled; or `seconds` is no number, or `method` no method.
         ValueError: `seconds` is negative or not finite.
     """
     return _send("send_after", seconds, False, method, args, kwargs)
@@ -124,7 +127,10 @@ def leave(reason: str = "normal", reply: object = None) -> NoReturn:
 
     Raises:
         RuntimeError: called outside a bird, or in another thread than its method's.
+        TypeError: `reason` is no str.
     """
+    if not isinstance(reason, str):
+        raise TypeError(f"leave: reason must be a str, not {type(reason).__name__}: {reason!r}")
     if _here("leave").thread != threading.get_ident():
         raise RuntimeError("flock_ray.leave() must be called in the thread in which the bird's method runs")
     raise Leave(reason, reply)
@@ -143,7 +149,7 @@ def current_flock() -> str | None:
 
 
 def in_async_method() -> bool:
-    """Does this code run in an `async def` method of a bird, on its loop, where a blocking call would stop the whole bird?"""
+    """Does this code run in a method of a bird with `async def` methods, on its loop, where a blocking call would stop the whole bird?"""
     inside = current.get()
     return inside is not None and inside.is_async and asyncio._get_running_loop() is not None
 
@@ -157,7 +163,11 @@ def _here(what: str) -> Inside:
 
 def _send(what: str, seconds: float, every: bool, method: str | Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Timer:
     life = _here(what).life
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise TypeError(f"{what}: seconds must be a number, not {type(seconds).__name__}: {seconds!r}")
     if not (seconds > 0 if every else seconds >= 0) or seconds == float("inf"):
         raise ValueError(f"{what}: seconds must be finite and {'more than' if every else 'at least'} 0, not {seconds!r}")
-    name = method if isinstance(method, str) else method.__name__
+    name = method if isinstance(method, str) else getattr(method, "__name__", None)
+    if not isinstance(name, str):
+        raise TypeError(f"{what}: a method is given by its name or as self.method, not as {type(method).__name__}: {method!r}")
     return Timer(life.send(seconds, every, name, args, kwargs))

@@ -127,6 +127,8 @@ class Lane:
     def _check_cycle(self, message: Pending) -> None:
         if message.in_chain and not message.cast:
             self.check_waiting(message.chain)
+        elif message.waited_in:  # a future whose sender waits for it
+            self.check_waiting(message.waited_in)
 
     def check_waiting(self, chain: tuple[tuple[str, Name], ...]) -> None:
         """Refuses a wait for this bird from code that it waits for. Async birds admit it (C4).
@@ -160,19 +162,28 @@ class Lane:
         with self._lock:
             if message.reply is not reply or message.fate is not None:
                 return
-            if message.begun:
-                self._sent[message.order] = message  # only its own answer matters now; in any other case it is as if it came last
+            unanswered = isinstance(outcome, Down) or (isinstance(outcome, Opened) and outcome.answer.kind == "moved")
+            if message.begun:  # the lane has forgotten it, and may be on another way: only its own answer matters
                 message.begun = False
-            if self._sent.get(message.order) is not message:
+                if unanswered:
+                    message.fate = outcome if isinstance(outcome, Down) else "moved"
+                    if message.again:
+                        message.reply = None
+                        self._queue.append(message)  # as if it came last
+                        self._close()
+                        return
+                    outcome = self._may_have_run(message)
+            elif self._sent.get(message.order) is not message:
                 return
-            if isinstance(outcome, Down) or (isinstance(outcome, Opened) and outcome.answer.kind == "moved"):
+            elif unanswered:
                 message.fate = outcome if isinstance(outcome, Down) else "moved"
                 self._close()
                 return
-            del self._sent[message.order]
-            if self._way is not None and isinstance(outcome, Opened):
-                self._way.link.used_at = self.client.clock()
-                self._forget_before(message.order)
+            else:
+                del self._sent[message.order]
+                if self._way is not None and isinstance(outcome, Opened):
+                    self._way.link.used_at = self.client.clock()
+                    self._forget_before(message.order)
         if isinstance(outcome, Exception):
             message.fail(outcome)
         elif here:
@@ -205,7 +216,7 @@ class Lane:
                 del self._sent[message.order]
             elif message in self._queue:
                 self._queue.remove(message)
-        if sent and way is not None:
+        if (sent or message.begun) and way is not None:
             with contextlib.suppress(Exception):  # it was only a favour
                 way.link.control(wire.encode(wire.Withdraw(message.id)))
 
@@ -304,10 +315,13 @@ class Lane:
         if way is not None:
             self.client.drop_route(way.route)
         for message in lost:
-            text = f"the host of bird {self.name!r} went away: {message.method!r} may or may not have run"
-            unavailable = errors.BirdUnavailable(f"{text}; call again if it can be repeated, or use options(retry=True)", self.name)
-            unavailable.__cause__ = message.fate if isinstance(message.fate, Down) else None
-            message.fail(unavailable)
+            message.fail(self._may_have_run(message))
+
+    def _may_have_run(self, message: Pending) -> errors.BirdUnavailable:
+        text = f"the host of bird {self.name!r} went away: {message.method!r} may or may not have run"
+        unavailable = errors.BirdUnavailable(f"{text}; call again if it can be repeated, or use options(retry=True)", self.name)
+        unavailable.__cause__ = message.fate if isinstance(message.fate, Down) else None
+        return unavailable
 
     def _decide(self) -> tuple[list[Pending], list[Pending]]:
         """Of the messages sent: those to be sent again, and those that may have run."""
@@ -316,9 +330,8 @@ class Lane:
         refused = False
         self._avoid = None
         for message in self._sent.values():
-            fate = message.fate
-            refused = refused or fate == "moved"
-            if refused or message.retry or (isinstance(fate, Down) and not fate.ran):
+            refused = refused or message.fate == "moved"
+            if refused or message.again:
                 again.append(message)
                 message.reply = None
             elif not message.cast:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import functools
 import inspect
 import logging
 import pickle
@@ -23,7 +24,19 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from flock_ray.core.wire import Answer, Call, EndOrder, HatchOrder, HostReport, LifeCrashed, LifeEnded, LifeExited, LifeRunning, encode
+from flock_ray.core.wire import (
+    Answer,
+    Call,
+    EndOrder,
+    HatchOrder,
+    HostReport,
+    LifeCrashed,
+    LifeEnded,
+    LifeExited,
+    LifeRunning,
+    decode,
+    encode,
+)
 from flock_ray.runtime.inside import Inside, Leave, current
 from flock_ray.runtime.payload import pack, pack_alone, unpack
 from flock_ray.specs import Life
@@ -89,7 +102,7 @@ def load_class(code: bytes) -> type:
 
 
 def is_async(cls: type) -> bool:
-    """Does the class have an `async def` method, so that it needs an `AsyncHostActor`?"""
+    """Does the class have an `async def` method? Then its birds interleave and may be called back (C4), and need an `AsyncHostActor`."""
     members = (getattr(cls, name, None) for name in dir(cls))
     return any(inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member) for member in members)
 
@@ -252,6 +265,8 @@ class HostedLife:
     def _examine(self, method: str, private: bool = False) -> bytes | None:
         """The refusal of what cannot be called; `None` of a method."""
         found = inspect.getattr_static(self._cls, method, None)
+        if isinstance(found, functools.partialmethod | functools.singledispatchmethod):
+            found = found.func
         who = f"bird {self.name!r} ({self._cls.__qualname__})"
         if isinstance(found, staticmethod | classmethod):
             found = found.__func__
@@ -280,7 +295,8 @@ class HostedLife:
         """Has a method of the bird run later (`inside.send_after`, `inside.send_every`)."""
         refused = self._examine(method, private=True)
         if refused is not None:
-            raise AttributeError(f"bird {self.name!r} ({self._cls.__qualname__}) {self._lacks(method)}")
+            answer = decode(refused)[0]
+            raise (TypeError if answer.error == "TypeError" else AttributeError)(answer.text)
         message = pack((args, kwargs), what=f"the arguments of {self._method_name(method)}", call=False)
         return self._host.scheduler.add(seconds, every, lambda entry: self._due(entry, method, *message))
 
@@ -379,8 +395,10 @@ class HostedLife:
 
     @contextmanager
     def _inside(self, chain: tuple[tuple[str, Any], ...] = (), is_async: bool = False) -> Iterator[None]:
-        token = current.set(Inside(self, (*chain, self._link), is_async))
+        inside = Inside(self, (*chain, self._link), is_async)
+        token = current.set(inside)
         try:
             yield
         finally:
+            inside.chain = ()
             current.reset(token)

@@ -30,6 +30,7 @@ class AsyncLife(HostedLife):
         self._running: dict[object, asyncio.Task[Any] | None] = {}  # by call id or timer entry
         self._idle = asyncio.Event()
         self._idle.set()
+        self._made = asyncio.Event()  # `__init__` and `take_over` have ended, one way or another
         self._tasks: set[asyncio.Task[Any]] = set()  # the loop itself keeps only weak references
 
     async def hatch(self) -> None:
@@ -47,6 +48,7 @@ class AsyncLife(HostedLife):
             self._hatched()
         finally:
             self._idle.set()
+            self._made.set()
 
     async def call(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
         """Begins a method in its caller's order, and answers."""
@@ -75,9 +77,8 @@ class AsyncLife(HostedLife):
 
     async def _invoke(self, method: str, arguments: Any, chain: tuple[tuple[str, Any], ...]) -> Any:
         args, kwargs = arguments
-        bound = getattr(self.bird, method)
-        with self._inside(chain, inspect.iscoroutinefunction(bound)):
-            return await _finished(bound(*args, **kwargs))
+        with self._inside(chain, is_async=True):
+            return await _finished(getattr(self.bird, method)(*args, **kwargs))
 
     def withdraw(self, call: str) -> None:
         super().withdraw(call)
@@ -103,6 +104,7 @@ class AsyncLife(HostedLife):
         self._loop.call_soon_threadsafe(lambda: self._spawn(self._run_due(entry, method, body, extra)))
 
     async def _run_due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
+        await self._made.wait()
         if self._timer_turned_away(entry):
             return
         try:

@@ -61,12 +61,14 @@ class SyncLife(HostedLife):
         if isinstance(arguments, bytes):
             return arguments
         args, kwargs = arguments
-        token = current.set(Inside(self, (*head.chain, self._link)))
+        inside = Inside(self, (*head.chain, self._link))
+        token = current.set(inside)
         try:
             result = getattr(self.bird, head.method)(*args, **kwargs)
         except BaseException as error:  # answered, or the life's end
             return self._raised(head, error)
         finally:
+            inside.chain = ()  # nobody waits for what it began
             current.reset(token)
         return self._result(head, result)
 

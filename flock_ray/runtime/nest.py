@@ -166,7 +166,7 @@ class Nest:
         while not self._ending and self._members is not None:
             try:
                 known = await self._in_thread(cluster.addresses, self._record.life)
-            except (ray.exceptions.RayError, RuntimeError, OSError) as error:
+            except (ray.exceptions.RayError, RuntimeError, OSError, ValueError, TimeoutError) as error:
                 logger.warning("the nests' addresses cannot be read now: %s", error)
                 known = []
             await self._members.join(known)
@@ -224,7 +224,7 @@ class Nest:
         try:
             self._peers[node] = handle = await self._in_thread(cluster.nest_handle, self._record.life, node)
             handle.deliver.remote(pickle.dumps(letters))
-        except ValueError:
+        except (ray.exceptions.RayError, RuntimeError, OSError, ValueError, TimeoutError):
             logger.debug("the nest of node %s cannot be found", node)  # its messages are lost, as on any network
         finally:
             self._finding.discard(node)
@@ -377,6 +377,7 @@ class Nest:
         if self._members is not None:
             await self._members.close()
         await self._in_thread(cluster.drop_address, self._record.life, self._node)
+        self._hosts.clear_up()
         ray.actor.exit_actor()  # type: ignore[no-untyped-call]  # Ray has no types here
 
     # Small things
@@ -385,7 +386,10 @@ class Nest:
         return self._loop.run_in_executor(self._thread, lambda: work(*args))
 
     async def _in_background(self, work: Callable[..., Any], *args: Any) -> None:
-        await self._in_thread(work, *args)
+        try:
+            await self._in_thread(work, *args)
+        except (ray.exceptions.RayError, RuntimeError, OSError, ValueError, TimeoutError) as error:
+            logger.warning("Ray could not be asked now: %s", error)
 
     def _task(self, work: Any) -> None:
         task = self._loop.create_task(work)

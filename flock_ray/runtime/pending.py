@@ -155,6 +155,7 @@ class Pending(Future[Any]):
         self.timeout = timeout
         self.detached = detached
         self.begun = False
+        self.waited_in: tuple[tuple[str, Name], ...] = ()  # the chain of who waits for a future
         self.reply: Reply | None = None
         self.order = -1
         self.fate: str | Down | None = None
@@ -164,6 +165,11 @@ class Pending(Future[Any]):
         self._timer: asyncio.TimerHandle | None = None
         self._opened: Opened | None = None
         self._value: tuple[Any, BaseException | None] | None = None
+
+    @property
+    def again(self) -> bool:
+        """May it be sent again, after what happened to it?"""
+        return self.retry or self.fate == "moved" or (isinstance(self.fate, Down) and not self.fate.ran)
 
     # What users call
 
@@ -201,7 +207,11 @@ class Pending(Future[Any]):
         return None
 
     def cancel(self) -> bool:
-        """Takes the message back if its method has not begun; a running `async def` method is cancelled."""
+        """Takes the message back if its method has not begun; a running `async def` method is cancelled, any other runs to its end.
+
+        Returns:
+            False if there is a result already. True says that none will come, not that the method has not run.
+        """
         if not super().cancel():
             return False
         self.finished = True
@@ -217,7 +227,7 @@ class Pending(Future[Any]):
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         """Has `fn(self)` called, in some thread, once there is a result."""
-        super().add_done_callback(lambda future: self.lane.client.courier.run_callback(fn, future))
+        super().add_done_callback(lambda future: self.lane.client.courier.run_callback(fn, future))  # an error in it is logged
         self.arm()
 
     @property

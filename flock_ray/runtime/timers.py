@@ -23,6 +23,9 @@ class Entry:
         self.pending = False  # handed over, and its turn has not come yet
 
 
+LONGEST = 3600.0  # seconds of one wait: the platform refuses those of many years
+
+
 class Scheduler:
     """Calls `entry.deliver(entry)` when it is due. The thread starts with the first entry and ends with the process."""
 
@@ -50,7 +53,7 @@ class Scheduler:
         while True:
             with self._changed:
                 while not self._heap or self._heap[0][0] > self._clock():
-                    self._changed.wait(self._heap[0][0] - self._clock() if self._heap else None)
+                    self._changed.wait(min(self._heap[0][0] - self._clock(), LONGEST) if self._heap else None)
                 entry = heapq.heappop(self._heap)[2]
                 if entry.cancelled:
                     continue

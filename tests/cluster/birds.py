@@ -61,6 +61,13 @@ class Counter:
         self.n = n
 
 
+class Holder:
+    """Takes any arguments."""
+
+    def __init__(self, *args, **kwargs):
+        self.given = (args, kwargs)
+
+
 class Forgetful(Counter):
     hand_over = None  # type: ignore[assignment]  # it starts afresh wherever it goes
     take_over = None  # type: ignore[assignment]  # the same

@@ -170,3 +170,37 @@ def test_a_timeout_takes_a_call_that_has_not_begun_out_of_the_mailbox(flyground,
         bird.add.options(timeout=0.3)(1)
     assert slow.result(30) == 2.0
     assert bird.get() == 0
+
+
+def test_a_name_that_cannot_be_printed_is_a_name(flyground):
+    """A lone surrogate is a legal str: its host could not label its output, crashed, and was left behind, once for each attempt."""
+    flock_ray.start("\ud800", birds.Counter)
+    assert flock_ray.call("\ud800", "add", 1) == 1
+    flock_ray.stop("\ud800")
+
+
+def test_equal_arguments_are_equal_however_they_are_pickled(flyground, name):
+    """S5: what is pickled the same need not have the same bytes, so who starts compares."""
+    one, other = "host-1", "".join(["host", "-1"])
+    flock_ray.start(name, birds.Holder, one, again=one, more={"a": 1, "b": 2})
+    again = flock_ray.options(if_exists="ok")
+    assert again.start(name, birds.Holder, one, more={"b": 2, "a": 1}, again=other).name == name
+    with pytest.raises(flock_ray.BirdExists, match="other arguments"):
+        again.start(name, birds.Holder, "host-2", again=one, more={})
+    with pytest.raises(flock_ray.BirdExists, match="another class"):
+        again.start(name, birds.Counter)
+    flock_ray.stop(name)
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ({"num_cpus": 1e-6}, "multiple of 0.0001"),
+        ({"label_selector": {"zone": "in("}}, "in\\(a,b\\)"),
+        ({"runtime_env": {"working_dir": "."}}, "ray.init"),
+    ],
+)
+def test_options_that_ray_would_refuse_are_refused_here(flyground, name, option, text):
+    with pytest.raises(TypeError, match=text):
+        flock_ray.options(**option).start(name, birds.Counter)
+    assert not flock_ray.alive(name)

@@ -199,3 +199,31 @@ def test_without_init_a_call_on_a_fresh_ray_says_so(flyground):
     with pytest.raises(flock_ray.FlockNotRunning, match="init"):
         flock_ray.Flock("never").call("x", "y")
     assert ray.is_initialized()
+
+
+def test_casts_of_a_short_program_are_sent_at_its_end(flyground, name, tmp_path):
+    """The route is not known yet when it ends: to find it takes threads, and those of concurrent.futures are gone by then."""
+    flock_ray.start(name, birds.Counter)
+    flock_ray.wait(name)
+    program = """
+    import sys, ray, flock_ray
+    ray.init(sys.argv[1], log_to_driver=False)
+    for _ in range(100):
+        flock_ray.cast(sys.argv[2], "add", 1)
+    """
+    run_driver(program, str(tmp_path), flyground.cluster.address, name)
+    eventually(lambda: flock_ray.call(name, "get") == 100, "all casts")
+    flock_ray.stop(name)
+
+
+def test_a_start_by_another_flocks_handle_is_in_that_flock(flyground, name):
+    flock_ray.init("lake")
+    lake = flock_ray.Flock("lake")
+    try:
+        bird = flock_ray.start(lake.bird(name), birds.Counter)
+        assert bird.add(1) == 1
+        assert lake.alive(name)
+        assert not flock_ray.Flock("default").alive(name)
+    finally:
+        lake.destroy()
+        flock_ray.init("default")

@@ -88,6 +88,7 @@ class Node:
     was_ready: bool = False
     dead_verdicts: set[Life] = field(default_factory=set)
     probed_down: set[Life] = field(default_factory=set)
+    wrongly_dying: set[Life] = field(default_factory=set)  # given up while their nests lived
     hears: dict[Life, str] = field(default_factory=dict)
     last_ok: dict[Life, float] = field(default_factory=dict)
     deaf_until: dict[Life, float] = field(default_factory=dict)
@@ -181,7 +182,7 @@ class World:
         me = Life(node.id, node.life)
         node.nest = self.registry(me, self.config, random.Random(self.rng.random()).random)
         self._note_removals(node.nest)
-        node.was_ready, node.dead_verdicts, node.probed_down = False, set(), set()
+        node.was_ready, node.dead_verdicts, node.probed_down, node.wrongly_dying = False, set(), set(), set()
         node.hears, node.last_ok, node.deaf_until = {}, {}, {}
         adopted = [
             ev.Adopted(h.name, h.dot, h.spec, h.code, h.incarnation, h.born, f"h{h.born}", h.restarts, h.crashes, h.running, h.record)
@@ -227,14 +228,20 @@ class World:
     def _watch(self, node: Node, nest: Registry) -> None:
         """Notes verdicts of death and what was never heard: between these nodes two lives are allowed."""
         for peer in nest.membership.peers.values():
+            other = self.node(peer.life)
             if peer.condition is Condition.DEAD:
                 if peer.life not in node.dead_verdicts:
                     node.dead_verdicts.add(peer.life)
-                    other = self.node(peer.life)
-                    if other.alive and (other.nest is not None or peer.life in node.probed_down):
+                    wrong = other.nest is not None or peer.life in node.probed_down | node.wrongly_dying
+                    if other.alive and wrong:
                         self.established.add(frozenset((node.index, other.index)))
+            elif peer.condition is Condition.DYING:
+                # Wrong at first: the nest may die later, and its hosts' patience then outlasts the grace that began too early.
+                if other.nest is not None and other.nest.me == peer.life:
+                    node.wrongly_dying.add(peer.life)
             else:
                 node.dead_verdicts.discard(peer.life)
+                node.wrongly_dying.discard(peer.life)
         if nest.membership.ready and not node.was_ready:
             node.was_ready = True
             heard = {life.node for life, p in nest.membership.peers.items() if p.condition is not Condition.UNHEARD}

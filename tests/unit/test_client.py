@@ -753,3 +753,43 @@ def test_the_end_waits_for_casts_to_be_delivered(caller):
     threading.Timer(0.05, host.got[0].result, [None]).start()
     caller.client.flush(5.0)
     assert all(lane.idle for lane in caller.client._lanes)
+
+
+def test_an_old_future_that_is_asked_for_on_a_new_way_disturbs_nobody_there(caller):
+    """It was put among the new way's messages, in the place of another, whose answer nobody took then: its waiter span for ever."""
+    old = caller.warm()
+    old.holds = True
+    olds = [caller.future(n) for n in range(3)]
+    sent = old.got[-3:]
+    sent[-1].result("last")
+    until(lambda: olds[0].begun, "the newest answer tells that those before it have begun")
+    old.gone = True
+    new = caller.world.put("a", "host:2")
+    new.holds = True
+    news = [caller.future(n) for n in range(3)]
+    until(lambda: len(new.got) == 3, "they are sent on the new way")
+    sent[0].result("old")
+    assert olds[0].result(5) == "old"
+    for message in new.got:
+        message.result("new")
+    assert [future.result(5) for future in news] == ["new"] * 3
+    sent[1].down()
+    with pytest.raises(errors.BirdUnavailable, match="may or may not have run"):
+        olds[1].result(5)
+
+
+def test_a_call_that_has_begun_is_withdrawn_too_when_nobody_waits_any_more(caller):
+    """A later answer had made its lane forget it: then a running `async def` method was not cancelled (C5)."""
+    host = caller.warm()
+    host.holds = True
+    first, second = caller.future(1), caller.future(2)
+    host.got[-1].result(None)
+    until(lambda: first.begun and second.done(), "the second is answered, so the first has begun")
+    assert first.cancel()
+    assert wire.Withdraw(first.id) in host.controls
+
+
+def test_what_a_callback_raises_is_logged(caller, caplog):
+    caller.warm()
+    caller.future(1).add_done_callback(lambda _: 1 / 0)
+    until(lambda: "ZeroDivisionError" in caplog.text, "it is logged")

@@ -750,7 +750,7 @@ def test_async_methods_interleave(bench):
         await bench.hatch_async(Swift)
         waiting = asyncio.create_task(bench.acall("wait"))
         await soon(lambda: bench.host.life.bird.lines == ["begun"], "it begins")
-        assert await bench.acall("release") == ("result", False)
+        assert await bench.acall("release") == ("result", True), "a plain method is on the loop too"
         assert await waiting == ("result", ("waited", True))
 
     asyncio.run(main())
@@ -881,3 +881,80 @@ def test_a_description_ends_with_type_and_message():
 
 def test_an_answer_is_one_message():
     assert decode(encode(Answer("moved")))[0] == Answer("moved")
+
+
+class Ticking:
+    def __init__(self):
+        self.ticks = 0
+        self.timer = inside.send_every(0.02, "tick")
+
+    async def tick(self):
+        self.ticks += 1
+
+    async def count(self):
+        return self.ticks
+
+    async def take_over(self, state):
+        await asyncio.sleep(0.1)
+
+    @classmethod
+    async def made(cls):
+        return cls()
+
+
+class Factory:
+    @classmethod
+    async def made(cls):
+        return cls()
+
+
+def test_timers_that_are_due_while_a_state_is_taken_over_are_not_lost(bench):
+    async def main():
+        await bench.hatch_async(Ticking, state=pickle.dumps(1), has_state=True)
+        await soon(lambda: bench.host.life.bird.ticks > 2, "it ticks")
+        bench.host.life.bird.timer.cancel()
+        await asyncio.sleep(0.05)
+
+    asyncio.run(main())
+
+
+def test_an_async_factory_makes_a_class_async_for_its_starter_and_its_host_alike():
+    from flock_ray.api.starting import is_async as starters
+
+    assert starters is is_async
+    assert is_async(Factory)
+
+
+def test_a_timer_of_many_years_does_not_stop_the_others():
+    scheduler, came = Scheduler(), threading.Event()
+    scheduler.add(1e12, False, lambda entry: None)
+    scheduler.add(0.02, False, lambda entry: came.set())
+    assert came.wait(5)
+
+
+def test_nobody_waits_for_a_task_that_a_method_left_behind(bench):
+    """It inherits the method's context, and was refused its calls as a cycle long after the method had ended."""
+
+    class Leaver:
+        async def begin(self):
+            async def later():
+                await asyncio.sleep(0.01)
+                return inside.current_chain()
+
+            self.task = asyncio.create_task(later())
+            self.chain = inside.current_chain()
+
+    async def main():
+        await bench.hatch_async(Leaver)
+        await bench.acall("begin")
+        bird = bench.host.life.bird
+        assert bird.chain
+        assert await bird.task == ()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("reason", [42, None, ValueError("x")])
+def test_leave_takes_a_text(reason):
+    with pytest.raises(TypeError, match="reason must be a str"):
+        inside.leave(reason)

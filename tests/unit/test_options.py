@@ -9,7 +9,8 @@ import pytest
 import ray
 
 import flock_ray
-from flock_ray.api.options import check, defaults, is_async, methods, resolve, unwrap
+from flock_ray.api.options import check, defaults, methods, resolve, unwrap
+from flock_ray.runtime.life import is_async
 from flock_ray.specs import Options
 
 T = TypeVar("T")
