@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+_CHOICES = {"minority": ("run", "pause"), "wire": ("auto", "ray")}
+
 
 @dataclass(frozen=True, slots=True)
 class Config:
@@ -33,6 +35,10 @@ class Config:
             `"pause"`: it goes on only with those it held. Availability against fewer second lives.
         max_birds: how many birds a nest admits; the rest is `pending`. `None`: no limit.
         min_free_memory: the fraction of a node's memory that must be free for its nest to admit birds. 0 admits always.
+        wire: `"auto"`: calls go straight to the bird's process over sockets where these can be reached, else as Ray actor calls;
+            `"ray"`: always as Ray actor calls, slower by far.
+        ports: the first and last TCP port that hosts may listen on, for clusters behind firewalls; each bird with a process of its own
+            takes one on its node. `None`: any.
         send_window: how many casts and futures of one caller to one bird may be unanswered before `MailboxFull`. More takes bigger
             bursts, and memory on both sides.
         start_argument_limit: bytes of pickled arguments `start` takes: they are replicated to every node.
@@ -55,6 +61,8 @@ class Config:
     minority: str = "run"
     max_birds: int | None = None
     min_free_memory: float = 0.02
+    wire: str = "auto"
+    ports: tuple[int, int] | None = None
     send_window: int = 10_000
     start_argument_limit: int = 1_000_000
 
@@ -63,9 +71,11 @@ class Config:
         may_be_zero = {"settle", "bootstrap_wait", "min_free_memory"}
         for setting in fields(self):
             value = getattr(self, setting.name)
-            if setting.name == "minority":
-                if value not in ("run", "pause"):
-                    raise ValueError(f'minority must be "run" or "pause", not {value!r}')
+            if setting.name in _CHOICES:
+                if value not in _CHOICES[setting.name]:
+                    raise ValueError(f"{setting.name} must be {' or '.join(map(repr, _CHOICES[setting.name]))}, not {value!r}")
+            elif setting.name == "ports":
+                _check_ports(value)
             elif value is None and setting.name in optional:
                 continue
             elif isinstance(value, bool) or not isinstance(value, int | float):
@@ -91,6 +101,14 @@ class Config:
         """
         check_known("setting of init", settings, [setting.name for setting in fields(self)])
         return replace(self, **settings)
+
+
+def _check_ports(value: Any) -> None:
+    if value is None:
+        return
+    whole = isinstance(value, tuple) and len(value) == 2 and all(type(port) is int for port in value)
+    if not whole or not 1 <= value[0] <= value[1] <= 65535:
+        raise ValueError(f"ports must be the first and the last of a range, (lo, hi) with 1 <= lo <= hi <= 65535, not {value!r}")
 
 
 def check_known(kind: str, given: dict[str, Any], known: list[str]) -> None:

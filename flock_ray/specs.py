@@ -125,6 +125,11 @@ class Options(NamedTuple):
         return bool(self.demand or self.label_selector)
 
 
+def interleaved(options: Options) -> int:
+    """How many methods of a bird with `async def` methods may be under way at a time."""
+    return options.max_concurrency if options.max_concurrency > 1 else 1000
+
+
 class Spec(NamedTuple):
     """What was asked for at `start`. `args` is the pickle of `(args, kwargs)`; no nest ever unpickles it (S5)."""
 
@@ -161,6 +166,7 @@ class Status(NamedTuple):
     crashes: int = 0  # crashes in a row, without `healthy_after` between them
     error: str = ""  # the last one, with its traceback
     reason: str = ""  # why it is pending
+    address: str = ""  # where its host listens, besides Ray
 
     @property
     def order(self) -> tuple[int, Life, int]:
@@ -186,6 +192,7 @@ class Route(NamedTuple):
     incarnation: int
     node: str
     host: str
+    address: str = ""  # where the host listens, besides Ray: `ip:port name of its Unix socket`
 
 
 @dataclass(frozen=True, slots=True)

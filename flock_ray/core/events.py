@@ -31,6 +31,7 @@ class Adopted:
     crashes: int
     running: bool  # else it is still in `__init__`
     record: Released | None = None
+    address: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ class BirdLife:
     incarnation: int
     phase: Phase
     host: str = ""
+    address: str = ""
     restarts: int = 0
     crashes: int = 0
     exits: int = 0  # in a row, of a permanent bird that leaves

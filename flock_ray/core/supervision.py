@@ -39,7 +39,9 @@ class Supervision:
     def adopt(self, adopted: ev.Adopted) -> None:
         """Goes on with a life that a host has kept while its nest was away (V2)."""
         phase = Phase.RUNNING if adopted.running else Phase.STARTING
-        life = BirdLife(adopted.name, adopted.dot, adopted.spec, adopted.born, adopted.incarnation, phase, host=adopted.host)
+        life = BirdLife(
+            adopted.name, adopted.dot, adopted.spec, adopted.born, adopted.incarnation, phase, host=adopted.host, address=adopted.address
+        )
         life.restarts, life.crashes, life.running_since = adopted.restarts, adopted.crashes, self._nest.now
         self._nest.holds.begin(life)
         self.write(life, "running" if adopted.running else "starting")
@@ -121,7 +123,7 @@ class Supervision:
         life = self._nest.holds.life(event.dot, event.born)
         if life is None or life.phase is not Phase.STARTING:
             return
-        life.phase, life.host, life.running_since = Phase.RUNNING, event.host, self._nest.now
+        life.phase, life.host, life.address, life.running_since = Phase.RUNNING, event.host, event.address, self._nest.now
         if life.source is not None:
             life.source = None
             self._nest.effect(do.Forget(life.dot))
@@ -257,7 +259,8 @@ class Supervision:
         return self._timers[0][0] if self._timers else float("inf")
 
     def write(self, life: BirdLife, state: str) -> None:
-        status = Status(life.incarnation, self._nest.me, self.next_sequence(), state, life.host, life.restarts, life.crashes, life.error)
+        counted = (life.restarts, life.crashes, life.error)
+        status = Status(life.incarnation, self._nest.me, self.next_sequence(), state, life.host, *counted, address=life.address)
         self._nest.changed(self._nest.replica.set_status(life.name, life.dot, status))
 
     def next_sequence(self) -> int:

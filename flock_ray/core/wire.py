@@ -29,7 +29,7 @@ def encode(head: object, body: bytes = b"") -> bytes:
     return b"".join((_LENGTH.pack(len(packed)), packed, body))
 
 
-def decode(message: bytes) -> tuple[Any, memoryview]:
+def decode(message: bytes | memoryview) -> tuple[Any, memoryview]:
     """The head of a message, and its body as it is."""
     view = memoryview(message)
     (length,) = _LENGTH.unpack_from(view)
@@ -66,6 +66,7 @@ class Answer(NamedTuple):
     - `"result"`: the pickled result.
     - `"raised"`: the pickled exception, its remote traceback in `text`.
     - `"refused"`: nothing was run, `error` names the class of `flock_ray.errors` (or built-in) to raise with `text`.
+    - `"parcel"`: the answer is too long for a socket, or Ray has to carry it: fetch it from the host's actor under the id in `text`.
     - `"moved"`: nothing was run: the bird is not here (any more), ask for its route again and resend.
     """
 
@@ -133,6 +134,7 @@ class HostReport(NamedTuple):
     """What a host holds: at most one of a life and a record, or an exit."""
 
     host: str
+    address: str
     pid: int
     name: Name
     dot: Dot
@@ -155,11 +157,15 @@ class HostUp(NamedTuple):
 
 
 class LifeRunning(NamedTuple):
-    """A life's `__init__` has returned. `born` is its incarnation when it was hatched, and tells lives of a dot apart."""
+    """A life's `__init__` has returned. `born` is its incarnation when it was hatched, and tells lives of a dot apart.
+
+    `address` is where its host listens: `ip:port name`, with the name of its Unix socket; empty if it is called by Ray only.
+    """
 
     dot: Dot
     born: int
     host: str
+    address: str = ""
 
 
 class LifeCrashed(NamedTuple):

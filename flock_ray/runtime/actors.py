@@ -67,6 +67,10 @@ class HostActor:
     def control(self, message: bytes) -> bytes:
         return self._host.control(message)
 
+    @ray.method(concurrency_group="ctl")
+    def fetch(self, parcel: str) -> Response:
+        return self._host.fetch(parcel)
+
 
 class AsyncHostActor:
     """The host of a bird with `async def` methods. Its default group has an event loop of its own, on which the bird lives."""
@@ -86,3 +90,7 @@ class AsyncHostActor:
     @ray.method(concurrency_group="ctl")
     async def control(self, message: bytes) -> bytes:
         return self._host.control(message)
+
+    @ray.method(concurrency_group="ctl")
+    async def fetch(self, parcel: str) -> Response:
+        return self._host.fetch(parcel)

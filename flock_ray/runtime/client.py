@@ -22,6 +22,7 @@ from flock_ray.runtime.courier import Courier
 from flock_ray.runtime.lanes import Lane
 from flock_ray.runtime.links import Link, Links, RayLinks
 from flock_ray.runtime.pending import FOREVER, Default, Pending
+from flock_ray.runtime.ways import Ways
 from flock_ray.specs import Dot, Name, Route
 
 DEFAULT = Default.TIMEOUT
@@ -255,7 +256,7 @@ def client_of(flock: str) -> Client:
             if session is None:
                 _clients.pop(flock, None)
                 raise errors.FlockNotRunning("Ray is not initialised in this process; call ray.init() first")
-            client = _clients[flock] = Client(flock, RayLinks(), _courier)
+            client = _clients[flock] = Client(flock, Ways(flock, _courier), _courier)
         return client
 
 

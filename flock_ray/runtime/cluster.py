@@ -32,7 +32,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from flock_ray.config import Config
 from flock_ray.errors import FlockNotRunning
 from flock_ray.runtime.actors import AsyncHostActor, HostActor, NestActor
-from flock_ray.specs import NodeRecord, Options
+from flock_ray.specs import NodeRecord, Options, interleaved
 
 NAMESPACE = "flock_ray"
 PIN_SECONDS = 3600  # how long a runtime_env's package is kept after its last renewal
@@ -286,6 +286,22 @@ def _find_nest(record: FlockLife, timeout: float) -> ActorHandle[Any]:
         raise FlockNotRunning(f"no nest of flock {record.flock!r} can be found; call flock_ray.init()")
 
 
+def folder_of(flock: str, node: str) -> Path:
+    """Where the hosts of a node have their Unix sockets, if the node is on this machine."""
+    context = ray.get_runtime_context()
+    return Path(context.get_temp_dir(), context.get_session_name(), "flock_ray", _records[flock].life, node[:16])
+
+
+def record_of(flock: str) -> FlockLife | None:
+    """The record of a flock whose nest was found."""
+    return _records.get(flock)
+
+
+def is_ray_client() -> bool:
+    """Is this process's Ray a Ray Client (`ray://`), which is not on the cluster's network?"""
+    return bool(ray.util.client.ray.is_connected())  # type: ignore[no-untyped-call]  # Ray has no types here
+
+
 def config_of(flock: str) -> Config:
     """The settings of a flock whose nest was found."""
     return _records[flock].config
@@ -330,8 +346,7 @@ def start_host(
     if env:
         ray_options["runtime_env"] = json.loads(env)
     # An async actor's `max_concurrency` bounds what interleaves; a plain one's threads run methods side by side.
-    interleaved = options.max_concurrency if options.max_concurrency > 1 else 1000
-    ray_options["max_concurrency"] = interleaved if is_async else options.max_concurrency
+    ray_options["max_concurrency"] = interleaved(options) if is_async else options.max_concurrency
     cls = _host_class(is_async)
     handle: ActorHandle[Any] = cls.options(**ray_options).remote(boot, nest)
     return handle

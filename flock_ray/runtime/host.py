@@ -12,6 +12,7 @@ and such a life is then never begun; the process ends when what it had to say wa
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import pickle
@@ -20,12 +21,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 import ray.exceptions
 
+from flock_ray.core.connection import LONGEST, Frame
 from flock_ray.core.wire import (
+    Answer,
     EndOrder,
     ForgetOrder,
     HatchOrder,
@@ -36,9 +40,11 @@ from flock_ray.core.wire import (
     ReportOrder,
     Withdraw,
     decode,
+    encode,
 )
 from flock_ray.runtime.inside import current
-from flock_ray.runtime.life import HostedLife, State
+from flock_ray.runtime.life import MOVED, HostedLife, Response, State
+from flock_ray.runtime.listener import Caller, Listener
 from flock_ray.runtime.tether import NestAwayError, NestLink, PidFile, Reporter, Tether
 from flock_ray.runtime.timers import Scheduler
 from flock_ray.specs import Dot, Life, Name
@@ -48,6 +54,7 @@ log = logging.getLogger("flock_ray.host")
 LINGER = 2.0  # seconds a host whose life has ended still says "moved": longer spares late callers a dead actor, and costs the process
 CRASH_LINGER = 0.2  # seconds for the last answer of a crashed life to leave the process
 FAREWELL = 5.0  # seconds Ray is given to end the process (it takes 1 to 2); it cannot while a method runs
+PARCELS_KEPT = 600.0  # seconds an answer waits to be fetched by Ray
 FORGOTTEN = 60.0  # seconds after which a host that left in good order ends without its nest's ForgetOrder
 
 
@@ -64,6 +71,8 @@ class HostBoot:
         sys_path: the starter's, to import the bird's class from.
         nest_pid: the process of the nest that creates it.
         nest: that nest's life, for records handed over before another has said Welcome.
+        secret: the flock's, with which callers prove that they may call; empty: they call by Ray only.
+        ports: `Config.ports`.
     """
 
     host: str
@@ -75,6 +84,13 @@ class HostBoot:
     sys_path: tuple[str, ...]
     nest_pid: int
     nest: Life | None = None
+    secret: bytes = b""
+    ports: tuple[int, int] | None = None
+
+
+def socket_path(directory: str | Path, pid: int) -> Path:
+    """Where the host with this pid listens."""
+    return Path(directory, f"{pid}.sock")
 
 
 class Host:
@@ -83,11 +99,18 @@ class Host:
     Args:
         link: to the nest.
         leave: ends the process with a code.
+        ip: of the node, where callers on other machines can reach it.
         raylet_pid: `None` where there is no raylet.
     """
 
     def __init__(
-        self, boot: HostBoot, link: NestLink, node_id: str, raylet_pid: int | None = None, leave: Callable[[int], object] = os._exit
+        self,
+        boot: HostBoot,
+        link: NestLink,
+        node_id: str,
+        raylet_pid: int | None = None,
+        leave: Callable[[int], object] = os._exit,
+        ip: str = "127.0.0.1",
     ) -> None:
         self.boot = boot
         self.host = boot.host
@@ -100,6 +123,10 @@ class Host:
         self._life: HostedLife | None = None
         self._never: set[tuple[Dot, int]] = set()  # lives that were to end before they began
         self._leaving = False
+        self._ip = ip
+        self._listener: Listener | None = None
+        self._parcels: dict[str, Response] = {}
+        self._parcel_numbers = itertools.count()
         self._file = PidFile(boot.directory, boot.host)
         atexit.register(self._file.remove)
         self._tether = Tether(boot.nest_pid, raylet_pid, boot.nest_grace, self._die, self._orphaned)
@@ -161,6 +188,46 @@ class Host:
         if life is not None and life.dot == dot and life.state in (State.RELEASED, State.EXITED):
             self._end_process_in(LINGER)
 
+    # Callers that come without Ray
+
+    def listen(self, slots: int, call: Callable[[Caller, Frame], bytes | None]) -> None:
+        """Opens the doors, if the flock uses any. Where that fails, callers come by Ray."""
+        boot = self.boot
+        if not boot.secret:
+            return
+        path = socket_path(boot.directory, self.pid)
+        try:
+            self._listener = Listener(boot.secret, boot.flock_life, path, self._ip, boot.ports, slots, call, self._control_frame)
+        except OSError as error:
+            log.warning("host %s is called by Ray only: %s", self.host, error)
+            return
+        self._listener.start()
+
+    @property
+    def address(self) -> str:
+        return self._listener.address if self._listener is not None else ""
+
+    def _control_frame(self, order: Frame) -> bytes:
+        return self.control(bytes(order.body))
+
+    def framed(self, response: Response) -> bytes:
+        """A response as the body of a frame: what is too long, or has something beside it, waits here to be fetched by Ray."""
+        if isinstance(response, bytes) and len(response) <= LONGEST:
+            return response
+        number = f"{next(self._parcel_numbers)}"
+        self._parcels[number] = response
+        self._later(PARCELS_KEPT, lambda: self._parcels.pop(number, None))
+        return encode(Answer("parcel", number))
+
+    def fetch(self, parcel: str) -> Response:
+        """What `framed` put aside, once."""
+        return self._parcels.pop(parcel, MOVED)
+
+    def answer(self, caller: Caller, number: int, response: Response) -> None:
+        """Answers a call that was answered by nothing at first."""
+        if self._listener is not None:
+            self._listener.answer(caller, number, self.framed(response))
+
     # What lives need (`life.Surroundings`)
 
     @property
@@ -213,6 +280,8 @@ class Host:
 
     def _exit(self, code: int) -> None:
         self._file.remove()
+        if self._listener is not None:
+            self._listener.close()
         for stream in (sys.stdout, sys.stderr):
             try:
                 stream.flush()
@@ -260,7 +329,8 @@ def start(kind: type[H], boot: bytes, nest: Any) -> H:
     os.environ["FLOCK_RAY_FLOCK"] = pickle.loads(boot).flock  # threads and processes that the bird starts are in its flock too
     raylet = os.environ.get("RAY_RAYLET_PID")
     node_id = ray.get_runtime_context().get_node_id()
-    return kind(pickle.loads(boot), RayNestLink(nest), node_id, int(raylet) if raylet else None, _leave)
+    ip = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
+    return kind(pickle.loads(boot), RayNestLink(nest), node_id, int(raylet) if raylet else None, _leave, ip)
 
 
 def _leave(code: int) -> None:

@@ -27,7 +27,7 @@ from flock_ray.core import events as ev
 from flock_ray.core import wire
 from flock_ray.runtime import cluster
 from flock_ray.runtime.cluster import FlockLife
-from flock_ray.runtime.host import HostBoot
+from flock_ray.runtime.host import HostBoot, socket_path
 from flock_ray.specs import Dot, Life, Name, Spec
 
 InThread = Callable[..., Awaitable[Any]]
@@ -99,6 +99,8 @@ class Hosts:
             sys_path=tuple(brought.get("path", ())),
             nest_pid=os.getpid(),
             nest=self.life,
+            secret=self._record.secret if self._record.config.wire == "auto" else b"",
+            ports=self._record.config.ports,
         )
         order = wire.HatchOrder(
             self._record.flock, effect.name, effect.dot, effect.born, effect.spec, effect.code,
@@ -240,6 +242,7 @@ class Hosts:
             asyncio.get_running_loop().remove_reader(process.pidfd)
             os.close(process.pidfd)
             process.pidfd = -1
+            socket_path(self._directory, process.pid).unlink(missing_ok=True)
         if not process.over:
             self._tell(wire.LifeCrashed(process.dot, process.born, process.killed_for or text))
 
@@ -284,7 +287,7 @@ def _adopted(report: wire.HostReport) -> ev.Adopted:
     running = report.state != "starting"
     return ev.Adopted(
         report.name, report.dot, report.spec, report.code, report.incarnation, report.born, report.host,
-        report.restarts, report.crashes, running, report.record,
+        report.restarts, report.crashes, running, report.record, report.address,
     )  # fmt: skip
 
 

@@ -81,6 +81,10 @@ class Surroundings(Protocol):
     @property
     def nest(self) -> Life: ...
 
+    @property
+    def address(self) -> str:
+        """Where the host listens, besides Ray."""
+
     def may_run(self) -> bool:
         """False: this process is over, nothing must run."""
 
@@ -154,7 +158,7 @@ class HostedLife:
         record = Released(self.dot, self.incarnation, self._host.nest, state) if handed_over else None
         said = State.RUNNING if self.state is State.ENDING else self.state
         return HostReport(
-            self._host.host, self._host.pid, self.name, self.dot, order.spec, order.code, self.born, self.incarnation,
+            self._host.host, self._host.address, self._host.pid, self.name, self.dot, order.spec, order.code, self.born, self.incarnation,
             order.restarts, order.crashes, said.value, record, self.error,
         )  # fmt: skip
 
@@ -185,7 +189,7 @@ class HostedLife:
             if self.state is not State.STARTING:
                 return  # it is to end already
             self.state = State.RUNNING
-        self._host.says(LifeRunning(self.dot, self.born, self._host.host))
+        self._host.says(LifeRunning(self.dot, self.born, self._host.host, self._host.address))
 
     def _hatch_failed(self, error: BaseException) -> None:
         if isinstance(error, Leave) and error.reason == "normal":

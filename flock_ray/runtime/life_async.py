@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from flock_ray.core.connection import Frame
 from flock_ray.core.wire import Call, HatchOrder, decode
 from flock_ray.runtime.host import Host
 from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, log, refusal
+from flock_ray.runtime.listener import Caller
 from flock_ray.runtime.mailbox import LoopOrder
 from flock_ray.runtime.payload import unpack
 from flock_ray.runtime.timers import Entry
+from flock_ray.specs import interleaved
 
 
 class AsyncLife(HostedLife):
@@ -27,6 +32,7 @@ class AsyncLife(HostedLife):
         super().__init__(order, host)
         self._loop = asyncio.get_running_loop()
         self._order = LoopOrder()
+        self.interleaved = interleaved(order.spec.options)
         self._running: dict[object, asyncio.Task[Any] | None] = {}  # by call id or timer entry
         self._idle = asyncio.Event()
         self._idle.set()
@@ -152,9 +158,33 @@ class AsyncHost(Host):
         """As `SyncHost.hatch`, on the bird's event loop."""
         life = self.accept(order, AsyncLife)
         if isinstance(life, AsyncLife):
+            self._loop = asyncio.get_running_loop()
+            self._room = asyncio.Semaphore(life.interleaved)
+            self._came: deque[tuple[Caller, Frame]] = deque()
+            self._posted = False
+            self._answering: set[asyncio.Task[None]] = set()
+            self.listen(sys.maxsize, self._call_frame)
             await life.hatch()
 
-    async def call(self, message: bytes, extra: Sequence[Any]) -> Response:
+    def _call_frame(self, caller: Caller, call: Frame) -> None:
+        """On the thread that reads: passes it on to the bird's loop. Many that come at once cost one wake-up."""
+        self._came.append((caller, call))
+        if not self._posted:
+            self._posted = True
+            self._loop.call_soon_threadsafe(self._take_calls)
+
+    def _take_calls(self) -> None:
+        self._posted = False
+        for _ in range(len(self._came)):
+            task = self._loop.create_task(self._answer_frame(*self._came.popleft()))
+            self._answering.add(task)
+            task.add_done_callback(self._answering.discard)
+
+    async def _answer_frame(self, caller: Caller, call: Frame) -> None:
+        async with self._room:
+            self.answer(caller, call.id, await self.call(call.body, ()))
+
+    async def call(self, message: bytes | memoryview, extra: Sequence[Any]) -> Response:
         """As `SyncHost.call`, on the bird's event loop."""
         head, body = decode(message)
         life = self.life

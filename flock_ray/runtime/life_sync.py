@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from flock_ray.core.connection import Frame
 from flock_ray.core.wire import Call, HatchOrder, decode
 from flock_ray.runtime.host import Host
 from flock_ray.runtime.inside import Inside, current
 from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, is_async, log
+from flock_ray.runtime.listener import Caller
 from flock_ray.runtime.mailbox import ThreadOrder, Turns
 from flock_ray.runtime.payload import unpack
 from flock_ray.runtime.timers import Entry
@@ -21,9 +23,9 @@ class SyncLife(HostedLife):
 
     def __init__(self, order: HatchOrder, host: Surroundings) -> None:
         super().__init__(order, host)
-        slots = order.spec.options.max_concurrency
-        self._turns = Turns(slots)
-        self._order = ThreadOrder() if slots > 1 else None  # with one thread Ray keeps the order
+        self.slots = order.spec.options.max_concurrency
+        self._turns = Turns(self.slots)
+        self._order = ThreadOrder(busy=lambda: self._turns.busy)
         self._pool: ThreadPoolExecutor | None = None
         self._turns.enter()  # __init__'s turn
 
@@ -48,8 +50,7 @@ class SyncLife(HostedLife):
         """Runs a method when it is its turn, and answers."""
         if self.state is not State.RUNNING:
             return MOVED
-        if self._order is not None:
-            self._order.wait(head.caller, head.order)
+        self._order.wait(head.caller, head.order)
         self._turns.enter()
         try:
             return self._turned_away(head) or self._run(head, body, extra)
@@ -121,9 +122,14 @@ class SyncHost(Host):
         """Runs a `HatchOrder`; the nest hears how it went."""
         life = self.accept(order, SyncLife)
         if isinstance(life, SyncLife):
+            self.listen(life.slots, self._call_frame)
             life.hatch()
 
-    def call(self, message: bytes, extra: Sequence[Any]) -> Response:
+    def _call_frame(self, caller: Caller, call: Frame) -> bytes:
+        del caller
+        return self.framed(self.call(call.body, ()))
+
+    def call(self, message: bytes | memoryview, extra: Sequence[Any]) -> Response:
         """Runs a `Call`: an encoded `Answer`, in a tuple with what travels beside it."""
         head, body = decode(message)
         life = self.life

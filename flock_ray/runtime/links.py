@@ -220,6 +220,10 @@ class RayLink(_RayLink):
     def control(self, message: bytes) -> RayReply:
         return RayReply(self._control(message), self)
 
+    def fetch(self, parcel: str) -> RayReply:
+        """What the host could not answer through a socket."""
+        return RayReply(self.handle.fetch.remote(parcel), self)
+
 
 class RayNestLink(_RayLink):
     """A nest, by its actor handle."""
@@ -232,9 +236,10 @@ class RayNestLink(_RayLink):
 
 
 class RayLinks:
-    """Links over Ray's actor calls."""
+    """Links over Ray's actor calls. A flock's clients take `ways.Ways`, which prefers sockets."""
 
-    def __init__(self) -> None:
+    def __init__(self, flock: str = "default") -> None:
+        self.flock = flock
         self._hosts: dict[str, RayLink] = {}
 
     def session(self) -> object | None:
@@ -246,7 +251,10 @@ class RayLinks:
         except AttributeError:  # under Ray Client
             return context.get_job_id()
 
-    def host(self, route: Route) -> RayLink:
+    def host(self, route: Route) -> Link:
+        return self.ray_host(route)
+
+    def ray_host(self, route: Route) -> RayLink:
         link = self._hosts.get(route.host)
         if link is not None and not link.lost():
             return link

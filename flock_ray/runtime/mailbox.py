@@ -54,6 +54,11 @@ class Turns:
             granted = self._waiting.popleft()
         granted()
 
+    @property
+    def busy(self) -> bool:
+        """Is a place taken?"""
+        return self._free < self.slots
+
     def enter_all(self) -> None:
         """Waits until nothing else runs. What waited before gets its turn before."""
         for _ in range(self.slots):
@@ -97,10 +102,16 @@ class Order:
 
 
 class ThreadOrder:
-    """Lets threads begin in each caller's order."""
+    """Lets threads begin in each caller's order.
 
-    def __init__(self, gap: float = GAP) -> None:
+    Args:
+        gap: seconds a message waits for a missing one.
+        busy: does a method run now?
+    """
+
+    def __init__(self, gap: float = GAP, busy: Callable[[], bool] = lambda: False) -> None:
         self._gap = gap
+        self._busy = busy
         self._order = Order()
         self._changed = threading.Condition()
 
@@ -115,8 +126,9 @@ class ThreadOrder:
     def _wait(self, caller: str, order: int) -> None:
         self._order.early(caller, order)
         while not self._changed.wait_for(lambda: self._order.may_begin(caller, order), self._gap):
-            self._order.give_up(caller)
-            self._changed.notify_all()
+            if not self._busy():  # else what is missing may just wait for its turn
+                self._order.give_up(caller)
+                self._changed.notify_all()
         self._order.early_no_more(caller, order)
 
 

@@ -19,6 +19,7 @@ from ray.cluster_utils import Cluster
 import flock_ray
 
 DEADLINE = 60.0
+WIRE = os.environ.get("FLOCK_RAY_TEST_WIRE", "auto")  # scripts/test runs these tests over sockets, and over Ray
 
 
 def eventually(condition: Callable[[], Any], what: str, deadline: float = DEADLINE) -> Any:
@@ -63,7 +64,7 @@ def flyground(request: pytest.FixtureRequest) -> Iterator[Flyground]:
     """Three nodes of 2 CPUs; a module that wants others says `NODES = n`."""
     ground = Flyground(getattr(request.module, "NODES", 3), **getattr(request.module, "NODE_ARGS", {}))
     try:
-        flock_ray.init(**getattr(request.module, "SETTINGS", {}))
+        flock_ray.init(wire=WIRE, **getattr(request.module, "SETTINGS", {}))
         eventually(lambda: len(flock_ray.nests()) == getattr(request.module, "NODES", 3), "a nest on every node in the view")
         yield ground
     finally:

@@ -1,0 +1,371 @@
+"""Where callers reach a host without Ray: a Unix socket for those on the same machine, TCP for the others.
+
+Leader and followers (Schmidt et al. 2000): one thread at a time, the leader, reads what arrives and runs a quick method itself, for a
+hop to another thread costs five times what the rest of a call does (measured). A watchdog sees a method that takes longer than `SLOW`,
+and another thread leads on, so that a slow method holds up no reading. What has been read waits in one mailbox for its turn.
+
+Rules kept here: who does not prove that it holds the flock's secret is not heard (`core/connection.py`), and is cut off after `PATIENCE`; a
+caller that does not read its answers is cut off when they exceed `UNREAD`; what one connection does, no other notices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from flock_ray.core.connection import ANSWER, CALL, Connection, Frame, ProtocolError, frame
+
+logger = logging.getLogger(__name__)
+
+SLOW = 0.005  # seconds a method may run on the thread that reads; more holds other callers up for longer, less hands over more often
+IDLE = 1.0  # seconds without a call after which the watchdog sleeps until the next
+PATIENCE = 5.0  # seconds for the proof
+STRANGERS = 256  # connections at a time that have not proved anything yet
+UNREAD = 64 << 20  # bytes of answers that wait for one caller
+BACKLOG = 1024
+PATH_LIMIT = 107  # bytes, of the kernel's
+READ = 1 << 16  # bytes; above 128 KB the allocator maps and unmaps memory for each read
+_READABLE, _WRITABLE = select.EPOLLIN, select.EPOLLOUT
+
+
+class Caller:
+    """A connection from a caller."""
+
+    __slots__ = ("connection", "fileno", "lock", "since", "socket", "unsent", "waiting")
+
+    def __init__(self, sock: socket.socket, connection: Connection) -> None:
+        self.socket = sock
+        self.fileno = sock.fileno()
+        self.connection = connection
+        self.since = time.monotonic()
+        self.lock = threading.Lock()  # guards what is written
+        self.unsent: deque[memoryview] = deque()
+        self.waiting = 0  # bytes in `unsent`
+
+
+class Listener:
+    """A host's ears.
+
+    Args:
+        secret, life: the flock's.
+        path: of the Unix socket; not made if it is too long for the kernel.
+        ip: of the node, as Ray has it.
+        ports: the first and last port to choose from; any if `None`.
+        slots: how many methods may run at a time.
+        call: runs a call, which may take long, and returns its answer; or `None`, if that is given to `answer` later.
+        control: takes an order or a `Withdraw`; returns at once.
+    """
+
+    def __init__(
+        self,
+        secret: bytes,
+        life: str,
+        path: Path,
+        ip: str,
+        ports: tuple[int, int] | None,
+        slots: int,
+        call: Callable[[Caller, Frame], bytes | None],
+        control: Callable[[Frame], bytes],
+    ) -> None:
+        self._secret, self._life = secret, life
+        self._call, self._control = call, control
+        self._slots = slots
+        self._epoll = select.epoll()
+        self._doors: dict[int, socket.socket] = {}
+        self._callers: dict[int, Caller] = {}
+        self._strangers = 0
+        self._mailbox: deque[tuple[Caller, Frame]] = deque()
+        self._lock = threading.Lock()  # guards the three below
+        self._running = 0
+        self._followers = 0
+        self._leader = 0
+        self._baton = threading.Semaphore(0)
+        self._began = 0.0  # when the leader began a method; 0 while it reads
+        self._latest = 0.0
+        self._watching = threading.Event()
+        self.refused = 0  # connections, for people who ask
+        self._path = path
+        self.address = self._open(path, ip, ports)
+
+    def start(self) -> None:
+        threading.Thread(target=self._watch, name="flock_ray watchdog", daemon=True).start()
+        self._promote(0.0)
+
+    def close(self) -> None:
+        """Nobody gets in any more. The process ends soon: what is connected ends with it."""
+        for door in self._doors.values():
+            door.close()
+        self._path.unlink(missing_ok=True)
+
+    def answer(self, caller: Caller, number: int, answer: bytes) -> None:
+        """Answers a call for which `call` returned nothing. From any thread."""
+        self._write(caller, frame(ANSWER, number, answer))
+
+    # Doors
+
+    def _open(self, path: Path, ip: str, ports: tuple[int, int] | None) -> str:
+        """Opens both doors. Returns `ip:port name`, where `name` is the Unix socket's in its folder, or empty."""
+        name = ""
+        if len(os.fsencode(path)) <= PATH_LIMIT:
+            local = socket.socket(socket.AF_UNIX)
+            path.unlink(missing_ok=True)
+            local.bind(str(path))  # in a folder that only its owner may enter
+            self._add_door(local)
+            name = path.name
+        remote = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
+        remote.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _bind(remote, ip, ports)
+        self._add_door(remote)
+        return f"{ip}:{remote.getsockname()[1]} {name}"
+
+    def _add_door(self, door: socket.socket) -> None:
+        door.listen(BACKLOG)
+        door.setblocking(False)
+        self._doors[door.fileno()] = door
+        self._epoll.register(door.fileno(), _READABLE)
+
+    def _accept(self, door: socket.socket) -> None:
+        try:
+            sock, _ = door.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                logger.warning("no more connections: the process has too many files open")
+                time.sleep(0.01)  # else the loop would spin on it
+            return
+        if self._strangers >= STRANGERS:
+            self._turn_out_the_slow()
+        if self._strangers >= STRANGERS:
+            self.refused += 1
+            sock.close()
+            return
+        sock.setblocking(False)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_alive(sock)
+        caller = Caller(sock, Connection(self._secret, self._life, os.urandom(32), listens=True))
+        self._callers[caller.fileno] = caller
+        self._strangers += 1
+        self._epoll.register(caller.fileno, _READABLE)
+
+    def _turn_out_the_slow(self) -> None:
+        old = time.monotonic() - PATIENCE
+        for caller in [c for c in self._callers.values() if not c.connection.open and c.since < old]:
+            self._drop(caller, "it did not prove itself in time")
+
+    def _drop(self, caller: Caller, why: str = "") -> None:
+        if self._callers.pop(caller.fileno, None) is None:
+            return
+        if not caller.connection.open:
+            self._strangers -= 1
+        if why:
+            self.refused += 1
+            logger.info("a connection was ended: %s", why)
+        with contextlib.suppress(OSError):
+            self._epoll.unregister(caller.fileno)
+        with caller.lock:
+            caller.socket.close()
+            caller.unsent.clear()
+
+    # The leader
+
+    def _promote(self, began: float) -> None:
+        """Somebody else leads on, if the leader is still in the method that it began then."""
+        with self._lock:
+            if self._began != began:
+                return
+            self._leader = 0
+            self._began = 0.0
+            waits = self._followers > 0
+            if waits:
+                self._followers -= 1
+        if waits:
+            self._baton.release()
+        else:
+            threading.Thread(target=self._work, args=(True,), name="flock_ray reader", daemon=True).start()
+
+    def _work(self, leads: bool) -> None:
+        while True:
+            if not leads:
+                self._baton.acquire()
+            me = self._leader = threading.get_ident()
+            while self._leader == me:
+                try:
+                    self._lead(me)
+                except Exception:
+                    logger.exception("reading from callers failed, and goes on")
+            with self._lock:
+                self._followers += 1
+            leads = False
+
+    def _lead(self, me: int) -> None:
+        if self._mailbox:
+            self._run()  # there may be room for what the leader before had read
+            if self._leader != me:
+                return
+        for fileno, mask in self._epoll.poll(PATIENCE):
+            if fileno in self._doors:
+                self._accept(self._doors[fileno])
+                continue
+            caller = self._callers.get(fileno)
+            if caller is None:
+                continue
+            if mask & _WRITABLE:
+                self._write_more(caller)
+            if mask & ~_WRITABLE:
+                self._read(caller)
+            if self._mailbox:
+                self._run()
+            if self._leader != me:
+                return  # a method took long, and another thread reads now
+        if self._strangers:
+            self._turn_out_the_slow()
+
+    def _read(self, caller: Caller) -> None:
+        try:
+            data = caller.socket.recv(READ)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(caller)
+            return
+        known = caller.connection.open
+        try:
+            frames, reply = caller.connection.receive(data)
+        except ProtocolError as error:
+            self._drop(caller, str(error))
+            return
+        if caller.connection.open and not known:
+            self._strangers -= 1
+        if reply:
+            self._write(caller, reply)
+        for each in frames:
+            if each.kind == CALL:
+                self._mailbox.append((caller, each))
+            elif each.kind == ANSWER:
+                self._drop(caller, "a caller sent an answer")
+                return
+            else:
+                self._write(caller, frame(ANSWER, each.id, self._control(each)))
+
+    # Methods
+
+    def _run(self) -> None:
+        """Runs what waits, as long as there is room. Answers go together, but for those that waited long enough."""
+        me = threading.get_ident()
+        answers: dict[Caller, list[bytes]] = {}
+        if not self._watching.is_set():
+            self._watching.set()
+        first = 0.0
+        while True:
+            with self._lock:
+                if not self._mailbox or self._running >= self._slots:
+                    break
+                caller, call = self._mailbox.popleft()
+                self._running += 1
+            now = self._latest = time.monotonic()
+            if self._leader == me:
+                self._began = now
+            try:
+                answer = self._call(caller, call)
+            finally:
+                with self._lock:
+                    self._running -= 1
+                    if self._leader == me:
+                        self._began = 0.0
+            if answer is not None:
+                answers.setdefault(caller, []).append(frame(ANSWER, call.id, answer))
+                first = first or now
+            if answers and time.monotonic() - first > SLOW / 5:
+                self._send(answers)
+                answers, first = {}, 0.0
+        self._send(answers)
+
+    def _send(self, answers: dict[Caller, list[bytes]]) -> None:
+        for caller, parts in answers.items():
+            self._write(caller, parts[0] if len(parts) == 1 else b"".join(parts))
+
+    def _watch(self) -> None:
+        """The watchdog."""
+        while True:
+            self._watching.wait()
+            time.sleep(SLOW)
+            began, now = self._began, time.monotonic()
+            if began and now - began > SLOW:
+                self._promote(began)
+            elif not began and now - self._latest > IDLE:
+                self._watching.clear()
+                if self._mailbox or self._began:
+                    self._watching.set()
+
+    # Writing
+
+    def _write(self, caller: Caller, data: bytes) -> None:
+        with caller.lock:
+            if caller.fileno not in self._callers:
+                return
+            sent = 0
+            if not caller.unsent:
+                try:
+                    sent = caller.socket.send(data)
+                except BlockingIOError:
+                    sent = 0
+                except OSError:
+                    return  # the leader finds it closed
+            if sent < len(data):
+                caller.unsent.append(memoryview(data)[sent:])
+                caller.waiting += len(data) - sent
+                self._epoll.modify(caller.fileno, _READABLE | _WRITABLE)
+            too_much = caller.waiting > UNREAD
+        if too_much:
+            self._drop(caller, "it does not read its answers")
+
+    def _write_more(self, caller: Caller) -> None:
+        with caller.lock:
+            try:
+                while caller.unsent:
+                    sent = caller.socket.send(caller.unsent[0])
+                    caller.waiting -= sent
+                    if sent < len(caller.unsent[0]):
+                        caller.unsent[0] = caller.unsent[0][sent:]
+                        return
+                    caller.unsent.popleft()
+                self._epoll.modify(caller.fileno, _READABLE)
+            except BlockingIOError:
+                return
+            except OSError:
+                caller.unsent.clear()
+
+
+def _bind(door: socket.socket, ip: str, ports: tuple[int, int] | None) -> None:
+    if ports is None:
+        door.bind((ip, 0))
+        return
+    for port in range(ports[0], ports[1] + 1):
+        try:
+            door.bind((ip, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+        else:
+            return
+    raise OSError(errno.EADDRINUSE, f"all ports from {ports[0]} to {ports[1]} are taken on {ip}; give init() a larger range")
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """A peer that has silently gone away is found in some seconds (Linux)."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 5000)

@@ -1,0 +1,202 @@
+"""Which way a message takes to a host: a socket where one can be had, else Ray (`init(wire=...)`).
+
+Ray carries what a socket should not: object references, buffers beside a message (numpy), and what is longer than `LONGEST`, both as
+arguments and as results. The host keeps each caller's order whatever way its messages take.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from threading import Lock
+from typing import Any
+
+from flock_ray.core import wire
+from flock_ray.core.connection import LONGEST, ProtocolError
+from flock_ray.runtime import cluster
+from flock_ray.runtime.courier import Courier
+from flock_ray.runtime.links import Down, Link, NoAnswer, Raw, RayLink, RayLinks, RayReply, Reply
+from flock_ray.runtime.sockets import SocketLink, WireReply
+from flock_ray.specs import Route
+
+AGAIN = 30.0  # seconds until a node that no socket reached is tried again
+_RESULT = wire.encode(wire.Answer("result"))
+
+
+class LaterReply:
+    """A reply that has to be asked for first."""
+
+    def __init__(self, asked: Future[Reply]) -> None:
+        self._asked = asked
+
+    def get(self, timeout: float | None) -> Raw:
+        until = None if timeout is None else time.monotonic() + timeout
+        try:
+            reply = self._asked.result(timeout)
+        except TimeoutError as error:
+            raise NoAnswer from error
+        return reply.get(None if until is None else max(0.0, until - time.monotonic()))
+
+    def on_done(self, callback: Callable[[], object]) -> None:
+        def asked(future: Future[Reply]) -> None:
+            if future.exception() is None:
+                future.result().on_done(callback)
+            else:
+                callback()
+
+        self._asked.add_done_callback(asked)
+
+
+class FetchedReply:
+    """An answer that came through a socket, or is fetched by Ray if the socket brought no more than its number."""
+
+    __slots__ = ("_fetched", "_lock", "_reply", "_way")
+
+    def __init__(self, reply: WireReply, way: DirectLink) -> None:
+        self._reply = reply
+        self._way = way
+        self._lock = Lock()
+        self._fetched: Reply | None = None
+
+    def get(self, timeout: float | None) -> Raw:
+        until = None if timeout is None else time.monotonic() + timeout
+        raw = self._reply.get(timeout)
+        fetched = self._fetch(raw)
+        if fetched is None:
+            return raw
+        return fetched.get(None if until is None else max(0.0, until - time.monotonic()))
+
+    def on_done(self, callback: Callable[[], object]) -> None:
+        def here() -> None:
+            try:
+                fetched = self._fetch(self._reply.get(0))
+            except Down:
+                fetched = None
+            if fetched is None:
+                callback()
+            else:
+                fetched.on_done(callback)
+
+        self._reply.on_done(here)
+
+    def _fetch(self, raw: Raw) -> Reply | None:
+        if not raw.message or raw.message.startswith(_RESULT):
+            return None
+        answer = wire.decode(raw.message)[0]
+        if answer.kind != "parcel":
+            return None
+        with self._lock:
+            if self._fetched is None:
+                self._fetched = self._way.by_ray(lambda link: link.fetch(answer.text))
+            return self._fetched
+
+
+class DirectLink:
+    """The way to a host over a socket, and over Ray what a socket should not carry.
+
+    Args:
+        ray_link: finds the host's actor; may block, and raise `Down`.
+    """
+
+    def __init__(self, link: SocketLink, courier: Courier, ray_link: Callable[[], RayLink]) -> None:
+        self.lost = link.lost
+        self.retire = link.retire
+        self.control = link.control
+        self.link = link
+        self._courier = courier
+        self._find_ray_link = ray_link
+        self._lock = Lock()
+        self._ray_link: RayLink | None = None
+        self._waiting: list[tuple[Callable[[RayLink], RayReply], Future[Reply]]] = []
+        self._under_way = 0  # messages that Ray carries now
+
+    @property
+    def used_at(self) -> float:
+        return self.link.used_at
+
+    @used_at.setter
+    def used_at(self, now: float) -> None:
+        self.link.used_at = now
+
+    def send(self, message: bytes, extra: Sequence[Any]) -> Reply:
+        if not extra and len(message) <= LONGEST and not self._under_way:
+            return FetchedReply(self.link.send(message, ()), self)
+        # What follows on a message by Ray goes that way too until that is answered: it would overtake it on the socket.
+        with self._lock:
+            self._under_way += 1
+        reply = self.by_ray(lambda link: link.send(message, extra))
+        reply.on_done(self._one_done)
+        return reply
+
+    def _one_done(self) -> None:
+        with self._lock:
+            self._under_way -= 1
+
+    def by_ray(self, ask: Callable[[RayLink], RayReply]) -> Reply:
+        """Asks the host's actor, in order; to find it may take long where the head cannot be reached, so that is done elsewhere."""
+        with self._lock:
+            if self._ray_link is not None:
+                return ask(self._ray_link)
+            later: Future[Reply] = Future()
+            self._waiting.append((ask, later))
+            if len(self._waiting) == 1:
+                self._courier.post(lambda: self._courier.spawn(self._find()))
+        return LaterReply(later)
+
+    async def _find(self) -> None:
+        try:
+            link = await self._courier.blocking(self._find_ray_link)
+        except Exception as error:  # `Down`, or Ray is not initialised any more: for all who wait
+            with self._lock:
+                waiting, self._waiting = self._waiting, []
+            for _, later in waiting:
+                later.set_exception(error)
+            return
+        with self._lock:
+            self._ray_link = link
+            replies = [(ask(link), later) for ask, later in self._waiting]
+            self._waiting = []
+        for reply, later in replies:
+            later.set_result(reply)
+
+
+class Ways(RayLinks):
+    """Links to the hosts of one flock."""
+
+    def __init__(self, flock: str, courier: Courier) -> None:
+        super().__init__(flock)
+        self._courier = courier
+        self._direct: dict[str, DirectLink] = {}
+        self._unreached: dict[str, float] = {}  # until when no socket to a node is tried
+
+    def host(self, route: Route) -> Link:
+        """Over a socket if the host listens and can be reached, else over Ray. May block. Raises `Down` if the host is gone."""
+        link = self._direct.get(route.host)
+        if link is not None and not link.lost():
+            return link
+        made = self._connect(route)
+        if made is None:
+            return self.ray_host(route)
+        self._direct = {name: kept for name, kept in self._direct.items() if not kept.lost()}
+        self._direct[route.host] = made
+        return made
+
+    def _connect(self, route: Route) -> DirectLink | None:
+        record = cluster.record_of(self.flock)
+        if not route.address or record is None or cluster.is_ray_client() or self._unreached.get(route.node, 0.0) > time.monotonic():
+            return None
+        try:
+            link = SocketLink(record.secret, record.life, route.address, cluster.folder_of(self.flock, route.node))
+        except ConnectionRefusedError as error:
+            raise Down(f"nothing listens there any more: {error}", ran=False) from error
+        except (OSError, ProtocolError):
+            self._unreached[route.node] = time.monotonic() + AGAIN
+            return None
+        return DirectLink(link, self._courier, lambda: self.ray_host(route))
+
+    def forget_hosts(self) -> None:
+        super().forget_hosts()
+        for link in self._direct.values():
+            link.retire()
+        self._direct = {}
