@@ -27,6 +27,7 @@ from flock_ray.core.connection import ANSWER, CALL, Connection, Frame, ProtocolE
 logger = logging.getLogger(__name__)
 
 SLOW = 0.005  # seconds a method may run on the thread that reads; more holds other callers up for longer, less hands over more often
+TOGETHER = 0.001  # seconds within which answers to calls that came together go together
 IDLE = 1.0  # seconds without a call after which the watchdog sleeps until the next
 PATIENCE = 5.0  # seconds for the proof
 STRANGERS = 256  # connections at a time that have not proved anything yet
@@ -40,13 +41,14 @@ _READABLE, _WRITABLE = select.EPOLLIN, select.EPOLLOUT
 class Caller:
     """A connection from a caller."""
 
-    __slots__ = ("connection", "fileno", "lock", "since", "socket", "unsent", "waiting")
+    __slots__ = ("connection", "fileno", "lock", "since", "socket", "stranger", "unsent", "waiting")
 
     def __init__(self, sock: socket.socket, connection: Connection) -> None:
         self.socket = sock
         self.fileno = sock.fileno()
         self.connection = connection
         self.since = time.monotonic()
+        self.stranger = True  # it has not proved anything yet
         self.lock = threading.Lock()  # guards what is written
         self.unsent: deque[memoryview] = deque()
         self.waiting = 0  # bytes in `unsent`
@@ -84,7 +86,8 @@ class Listener:
         self._callers: dict[int, Caller] = {}
         self._strangers = 0
         self._mailbox: deque[tuple[Caller, Frame]] = deque()
-        self._lock = threading.Lock()  # guards the three below
+        self._lock = threading.Lock()  # guards the four below
+        self._answers: dict[Caller, list[bytes]] = {}  # the leader's, not sent yet
         self._running = 0
         self._followers = 0
         self._leader = 0
@@ -158,13 +161,14 @@ class Listener:
 
     def _turn_out_the_slow(self) -> None:
         old = time.monotonic() - PATIENCE
-        for caller in [c for c in self._callers.values() if not c.connection.open and c.since < old]:
+        for caller in [caller for caller in list(self._callers.values()) if caller.stranger and caller.since < old]:
             self._drop(caller, "it did not prove itself in time")
 
     def _drop(self, caller: Caller, why: str = "") -> None:
-        if self._callers.pop(caller.fileno, None) is None:
+        if self._callers.get(caller.fileno) is not caller:
             return
-        if not caller.connection.open:
+        del self._callers[caller.fileno]
+        if caller.stranger:
             self._strangers -= 1
         if why:
             self.refused += 1
@@ -182,6 +186,7 @@ class Listener:
         with self._lock:
             if self._began != began:
                 return
+            answers, self._answers = self._answers, {}
             self._leader = 0
             self._began = 0.0
             waits = self._followers > 0
@@ -191,6 +196,7 @@ class Listener:
             self._baton.release()
         else:
             threading.Thread(target=self._work, args=(True,), name="flock_ray reader", daemon=True).start()
+        self._send(answers)  # of quick methods before the slow one
 
     def _work(self, leads: bool) -> None:
         while True:
@@ -239,13 +245,13 @@ class Listener:
         if not data:
             self._drop(caller)
             return
-        known = caller.connection.open
         try:
             frames, reply = caller.connection.receive(data)
         except ProtocolError as error:
             self._drop(caller, str(error))
             return
-        if caller.connection.open and not known:
+        if caller.stranger and caller.connection.open:
+            caller.stranger = False
             self._strangers -= 1
         if reply:
             self._write(caller, reply)
@@ -261,15 +267,15 @@ class Listener:
     # Methods
 
     def _run(self) -> None:
-        """Runs what waits, as long as there is room. Answers go together, but for those that waited long enough."""
+        """Runs what waits, as long as there is room. The leader's answers go together, at the latest when the watchdog takes over."""
         me = threading.get_ident()
-        answers: dict[Caller, list[bytes]] = {}
         if not self._watching.is_set():
             self._watching.set()
-        first = 0.0
+        due = time.monotonic() + TOGETHER
         while True:
             with self._lock:
                 if not self._mailbox or self._running >= self._slots:
+                    answers, self._answers = (self._answers, {}) if self._leader == me else ({}, self._answers)
                     break
                 caller, call = self._mailbox.popleft()
                 self._running += 1
@@ -278,17 +284,24 @@ class Listener:
                 self._began = now
             try:
                 answer = self._call(caller, call)
-            finally:
-                with self._lock:
-                    self._running -= 1
-                    if self._leader == me:
-                        self._began = 0.0
-            if answer is not None:
-                answers.setdefault(caller, []).append(frame(ANSWER, call.id, answer))
-                first = first or now
-            if answers and time.monotonic() - first > SLOW / 5:
+            except Exception:
+                logger.exception("a message could not be read; its caller is cut off")
+                self._drop(caller, "its message could not be read")
+                answer = None
+            ready = None if answer is None else frame(ANSWER, call.id, answer)
+            with self._lock:
+                self._running -= 1
+                leads = self._leader == me
+                if leads:
+                    self._began = 0.0
+                    if ready is not None:
+                        self._answers.setdefault(caller, []).append(ready)
+                    answers, self._answers = (self._answers, {}) if now > due else ({}, self._answers)
+            if leads and answers:
+                due = now + TOGETHER
                 self._send(answers)
-                answers, first = {}, 0.0
+            elif not leads and ready is not None:
+                self._write(caller, ready)
         self._send(answers)
 
     def _send(self, answers: dict[Caller, list[bytes]]) -> None:
@@ -312,7 +325,7 @@ class Listener:
 
     def _write(self, caller: Caller, data: bytes) -> None:
         with caller.lock:
-            if caller.fileno not in self._callers:
+            if self._callers.get(caller.fileno) is not caller:
                 return
             sent = 0
             if not caller.unsent:

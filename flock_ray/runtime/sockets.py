@@ -154,6 +154,7 @@ class SocketLink:
                     self._read(0.0)  # nothing is due: this is the end of the connection
             finally:
                 self._reading.release()
+                self._hand_on()
         return self._gone
 
     def retire(self) -> None:
@@ -200,6 +201,7 @@ class SocketLink:
                             left = min(until - time.monotonic(), LONG)
                 finally:
                     self._reading.release()
+                    self._hand_on()
             else:
                 self._sleep(reply, left)
                 if not reply.done and until is not None:
@@ -222,7 +224,7 @@ class SocketLink:
         sleeper = None
         if self._sleepers:
             with self.mutex:
-                sleeper = next(iter(self._sleepers.values()), None)
+                sleeper = next((gate for reply, gate in self._sleepers.items() if not reply.done), None)
         if sleeper is not None:
             with contextlib.suppress(RuntimeError):  # woken already
                 sleeper.release()

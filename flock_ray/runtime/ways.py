@@ -188,8 +188,8 @@ class Ways(RayLinks):
             return None
         try:
             link = SocketLink(record.secret, record.life, route.address, cluster.folder_of(self.flock, route.node))
-        except ConnectionRefusedError as error:
-            raise Down(f"nothing listens there any more: {error}", ran=False) from error
+        except ConnectionRefusedError:
+            return None  # the host is gone, or a firewall says no: Ray knows
         except (OSError, ProtocolError):
             self._unreached[route.node] = time.monotonic() + AGAIN
             return None

@@ -238,3 +238,23 @@ def test_the_readers_thread_forgets_links_that_ended(bench):
     assert there.wait(5)
     link._broke("a test")
     assert link not in sockets._reader._links.values()
+
+
+def test_the_answer_of_a_quick_method_does_not_wait_for_a_slow_one_behind_it(bench):
+    link = bench.link()
+    quick, slow = link.send(b"quick", ()), link.send(b"hold", ())
+    began = time.monotonic()
+    assert quick.get(5).message == b"quick"
+    assert time.monotonic() - began < 1
+    assert not slow.done
+    bench.release.set()
+    assert slow.get(5).message == b"hold"
+
+
+def test_a_message_that_cannot_be_read_costs_its_caller_the_connection_and_nobody_else(bench):
+    link, other = bench.link(), bench.link()
+    bench.call = None
+    bench.listener._call = lambda caller, call: bytes(call.body) if call.body == b"x" else 1 / 0
+    with pytest.raises(Down):
+        link.send(b"bad", ()).get(5)
+    assert other.send(b"x", ()).get(5).message == b"x"
