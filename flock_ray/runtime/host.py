@@ -99,7 +99,7 @@ class Host:
     Args:
         link: to the nest.
         leave: ends the process with a code.
-        ip: of the node, where callers on other machines can reach it.
+        ip: of the node, where callers on other machines can reach it; `None`: only by Ray.
         raylet_pid: `None` where there is no raylet.
     """
 
@@ -110,7 +110,7 @@ class Host:
         node_id: str,
         raylet_pid: int | None = None,
         leave: Callable[[int], object] = os._exit,
-        ip: str = "127.0.0.1",
+        ip: str | None = "127.0.0.1",
     ) -> None:
         self.boot = boot
         self.host = boot.host
@@ -329,7 +329,9 @@ def start(kind: type[H], boot: bytes, nest: Any) -> H:
     os.environ["FLOCK_RAY_FLOCK"] = pickle.loads(boot).flock  # threads and processes that the bird starts are in its flock too
     raylet = os.environ.get("RAY_RAYLET_PID")
     node_id = ray.get_runtime_context().get_node_id()
-    ip = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
+    ip = None  # where Ray encrypts what it sends, nothing goes over TCP in the clear
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
+        ip = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
     return kind(pickle.loads(boot), RayNestLink(nest), node_id, int(raylet) if raylet else None, _leave, ip)
 
 

@@ -60,7 +60,7 @@ class Listener:
     Args:
         secret, life: the flock's.
         path: of the Unix socket; not made if it is too long for the kernel.
-        ip: of the node, as Ray has it.
+        ip: of the node, as Ray has it; `None`: no TCP.
         ports: the first and last port to choose from; any if `None`.
         slots: how many methods may run at a time.
         call: runs a call, which may take long, and returns its answer; or `None`, if that is given to `answer` later.
@@ -72,7 +72,7 @@ class Listener:
         secret: bytes,
         life: str,
         path: Path,
-        ip: str,
+        ip: str | None,
         ports: tuple[int, int] | None,
         slots: int,
         call: Callable[[Caller, Frame], bytes | None],
@@ -115,8 +115,8 @@ class Listener:
 
     # Doors
 
-    def _open(self, path: Path, ip: str, ports: tuple[int, int] | None) -> str:
-        """Opens both doors. Returns `ip:port name`, where `name` is the Unix socket's in its folder, or empty."""
+    def _open(self, path: Path, ip: str | None, ports: tuple[int, int] | None) -> str:
+        """Opens the doors. Returns `ip:port name`, where `name` is the Unix socket's in its folder; either may be empty."""
         name = ""
         if len(os.fsencode(path)) <= PATH_LIMIT:
             local = socket.socket(socket.AF_UNIX)
@@ -124,6 +124,8 @@ class Listener:
             local.bind(str(path))  # in a folder that only its owner may enter
             self._add_door(local)
             name = path.name
+        if ip is None:
+            return f" {name}" if name else ""
         remote = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
         remote.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         _bind(remote, ip, ports)

@@ -354,6 +354,8 @@ def _connect(address: str, folder: Path) -> socket.socket:
             local.close()
         else:
             return local
+    if not remote:
+        raise ConnectionRefusedError("it listens on no TCP port")
     ip, _, port = remote.rpartition(":")
     sock = socket.create_connection((ip, int(port)), CONNECT)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -22,11 +22,11 @@ SECRET, LIFE = b"s" * 32, "0123456789ab"
 class Bench:
     """A listener that echoes; "sleep" takes long, and "hold" waits for `release`."""
 
-    def __init__(self, folder, slots=1):
+    def __init__(self, folder, slots=1, ip="127.0.0.1"):
         self.folder = folder
         self.release = threading.Event()
         self.heard = []
-        self.listener = Listener(SECRET, LIFE, folder / "1.sock", "127.0.0.1", None, slots, self.call, self.control)
+        self.listener = Listener(SECRET, LIFE, folder / "1.sock", ip, None, slots, self.call, self.control)
         self.listener.start()
 
     def call(self, caller, call):
@@ -258,3 +258,11 @@ def test_a_message_that_cannot_be_read_costs_its_caller_the_connection_and_nobod
     with pytest.raises(Down):
         link.send(b"bad", ()).get(5)
     assert other.send(b"x", ()).get(5).message == b"x"
+
+
+def test_without_tcp_only_this_machine_gets_in(tmp_path):
+    bench = Bench(tmp_path, ip=None)
+    assert bench.link().send(b"x", ()).get(5).message == b"x"
+    with pytest.raises(ConnectionRefusedError):
+        bench.link(local=False)
+    bench.listener.close()
