@@ -12,6 +12,7 @@ import pytest
 
 from flock_ray.config import Config, check_known
 
+NO_PORTS = "ports must be the first and the last of a range, (lo, hi) with 1 <= lo <= hi <= 65535"
 NUMBERS = [field.name for field in dataclasses.fields(Config) if field.name not in ("minority", "wire", "ports")]
 
 
@@ -72,11 +73,11 @@ def test_none_is_refused_unless_it_means_something(setting: str) -> None:
         ({"minority": "stop"}, "minority must be 'run' or 'pause', not 'stop'"),
         ({"minority": None}, "minority must be 'run' or 'pause', not None"),
         ({"wire": "tcp"}, "wire must be 'auto' or 'ray', not 'tcp'"),
-        ({"ports": 80}, "ports must be the first and the last of a range"),
-        ({"ports": (9, 8)}, "ports must be the first and the last of a range"),
-        ({"ports": (0, 8)}, "ports must be the first and the last of a range"),
-        ({"ports": (1, 65536)}, "ports must be the first and the last of a range"),
-        ({"ports": [1, 2]}, "ports must be the first and the last of a range"),
+        ({"ports": 80}, f"{NO_PORTS}, not 80"),
+        ({"ports": (9, 8)}, f"{NO_PORTS}, not (9, 8)"),
+        ({"ports": (0, 8)}, f"{NO_PORTS}, not (0, 8)"),
+        ({"ports": (1, 65536)}, f"{NO_PORTS}, not (1, 65536)"),
+        ({"ports": [1, 2]}, f"{NO_PORTS}, not [1, 2]"),
         ({"moves_in_flight": 1.5}, "moves_in_flight must be a whole number, not 1.5"),
         ({"max_birds": 10.0}, "max_birds must be a whole number, not 10.0"),
         ({"start_argument_limit": 1e6}, "start_argument_limit must be a whole number, not 1000000.0"),
