@@ -38,6 +38,10 @@ def flock_of_ten(flyground, name):
             flock_ray.stop(own)
 
 
+def runs(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
 def nest_pid(node_id):
     """The nest's process on a node of this machine."""
     from flock_ray.runtime import cluster
@@ -178,6 +182,8 @@ def test_a_nodes_death_moves_its_birds_and_a_join_moves_only_what_the_newcomer_o
     assert theirs in there
     began = time.monotonic()
     flyground.crash(node)
+    # Over a socket a host still answers in the millisecond before it sees its raylet's end.
+    eventually(lambda: not any(runs(pids[n]) for n in there), "the hosts have ended with their raylet", 5)
     for n in flock_of_ten:
         # Called the moment its host dies it may have run (C2): the caller says that it may be repeated.
         assert flock_ray.bird(n).add.options(timeout=60, retry=True)(0) == (0 if n in there else 5)
