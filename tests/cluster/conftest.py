@@ -64,7 +64,7 @@ def flyground(request: pytest.FixtureRequest) -> Iterator[Flyground]:
     """Three nodes of 2 CPUs; a module that wants others says `NODES = n`."""
     ground = Flyground(getattr(request.module, "NODES", 3), **getattr(request.module, "NODE_ARGS", {}))
     try:
-        flock_ray.init(wire=WIRE, **getattr(request.module, "SETTINGS", {}))
+        flock_ray.init(**{"wire": WIRE, **getattr(request.module, "SETTINGS", {})})
         eventually(lambda: len(flock_ray.nests()) == getattr(request.module, "NODES", 3), "a nest on every node in the view")
         yield ground
     finally:

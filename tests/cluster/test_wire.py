@@ -19,11 +19,10 @@ from flock_ray.runtime.client import client_of
 from flock_ray.runtime.links import RayLink
 from flock_ray.runtime.ways import DirectLink
 from tests.cluster import birds
-from tests.cluster.conftest import WIRE, eventually
-
-pytestmark = pytest.mark.skipif(WIRE != "auto", reason="this run of the tests forces calls by Ray")
+from tests.cluster.conftest import eventually
 
 NODES = 2
+SETTINGS = {"wire": "auto"}
 
 
 class Scribe:
