@@ -7,6 +7,7 @@ refused with what to use instead, never ignored. Ray itself is not imported: its
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -199,5 +200,6 @@ def methods(cls: type) -> Iterator[str]:
     """The names of a class's public methods."""
     for name in dir(cls):
         thing = inspect.getattr_static(cls, name, None)
-        if not name.startswith("_") and (callable(thing) or isinstance(thing, staticmethod | classmethod)):
+        kinds = (staticmethod, classmethod, functools.partialmethod, functools.singledispatchmethod)
+        if not name.startswith("_") and (callable(thing) or isinstance(thing, kinds)):
             yield name

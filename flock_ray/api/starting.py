@@ -64,7 +64,7 @@ def make_spec(
 
 def _pickled_class(cls: type) -> bytes:
     try:
-        code: bytes = cloudpickle.dumps(cls)  # type: ignore[no-untyped-call]
+        code: bytes = cloudpickle.dumps(cls)  # type: ignore[no-untyped-call]  # Ray has no types here
     except Exception as error:
         raise TypeError(f"class {cls.__qualname__} cannot be pickled ({type(error).__name__}: {error})") from error
     return code

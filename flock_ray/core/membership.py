@@ -60,6 +60,10 @@ class Peer:
     dies_at: float | None = None  # when a dying nest whose node is up is given up
     estranged: bool = False  # heard again after so long that dots may have been forgotten meanwhile: one of the two starts afresh (S2)
 
+    def absent_for(self, now: float) -> float:
+        """Seconds out of contact; 0 while in contact."""
+        return 0.0 if self.absent_since is None else now - self.absent_since
+
 
 class Membership:
     """The peers, the view and the placement that follows from it.
@@ -171,8 +175,8 @@ class Membership:
 
     def _long_gone(self, peer: Peer, now: float) -> bool:
         """May dots that it knows have been forgotten here, or the other way round, since it was heard last?"""
-        gone = peer.condition in _GONE and peer.life not in self.view and peer.absent_since is not None
-        return peer.estranged or (gone and now - (peer.absent_since or 0.0) > self._config.context_horizon / 2)
+        gone = peer.condition in _GONE and peer.life not in self.view
+        return peer.estranged or (gone and peer.absent_for(now) > self._config.context_horizon / 2)
 
     def starts_afresh(self, life: Life) -> bool:
         """Has this nest been out of contact with a peer for too long, and is it on the smaller side? Then it joins as new (S2)."""
@@ -185,7 +189,7 @@ class Membership:
         gone = set(fading)
         return Outlook(
             self.view,
-            tuple((peer.life, now - (peer.absent_since or 0.0)) for peer in absent),
+            tuple((peer.life, peer.absent_for(now)) for peer in absent),
             tuple(record for life, record in self._replica.nodes.items() if life not in gone),
             self._replica.had_cpus,
         )

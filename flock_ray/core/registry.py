@@ -409,8 +409,7 @@ class Registry:
 
     def fading(self) -> list[Life]:
         """Ids that have been dead for half the horizon: no longer shared, or they would go round for ever."""
-        since = self.now - self.config.context_horizon / 2
-        return [peer.life for peer in self.membership.absent() if peer.absent_since is not None and peer.absent_since < since]
+        return [peer.life for peer in self.membership.absent() if peer.absent_for(self.now) > self.config.context_horizon / 2]
 
     def outlook(self) -> msg.Outlook:
         return self.membership.outlook(self.fading(), self.now)

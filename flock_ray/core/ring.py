@@ -156,10 +156,10 @@ class Placement:
     @property
     def outdated(self) -> bool:
         """Has the replica learnt something since by which this view's ring is another?"""
-        if self._nodes_version == self._replica.nodes_version:
-            return False
-        self._nodes_version = self._replica.nodes_version
-        return weights_of(self.lives, self._replica.nodes, self._replica.had_cpus) != self.ring.weights
+        version = self._replica.nodes_version
+        if self._nodes_version != version and weights_of(self.lives, self._replica.nodes, self._replica.had_cpus) == self.ring.weights:
+            self._nodes_version = version
+        return self._nodes_version != version
 
     def table(self) -> Mapping[Name, str | None]:
         """The nodes of all names with demands."""

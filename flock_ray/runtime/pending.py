@@ -36,7 +36,6 @@ class Default(Enum):
 
 
 _PLAIN = wire.Answer("result")
-_RESULT = wire.encode(_PLAIN)  # how nearly all answers begin; to unpickle it costs 2.7 us each time (measured)
 
 
 class Opened(NamedTuple):
@@ -50,8 +49,8 @@ class Opened(NamedTuple):
 def open_raw(raw: Raw) -> Opened:
     """Reads the head of an answer. Casts may be answered by nothing at all."""
     message, extra = raw
-    if message.startswith(_RESULT):
-        return Opened(_PLAIN, memoryview(message)[len(_RESULT) :], extra)
+    if message.startswith(wire.RESULT):
+        return Opened(_PLAIN, memoryview(message)[len(wire.RESULT) :], extra)
     if not message:
         return Opened(_PLAIN, b"", ())
     answer, body = wire.decode(raw.message)

@@ -17,15 +17,15 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 from flock_ray.core.connection import CALL, CONTROL, Connection, Frame, ProtocolError, frame
 from flock_ray.runtime.links import Down, NoAnswer, Raw
-from flock_ray.runtime.listener import keep_alive
+from flock_ray.runtime.listener import READ, keep_alive
 
 CONNECT = 2.0  # seconds for a connection and the proofs; then the way is Ray's
-READ = 1 << 16  # bytes; above 128 KB the allocator maps and unmaps memory for each read
 LONG = 1.0  # seconds of one wait in the kernel
 
 
@@ -53,17 +53,16 @@ class WireReply:
 
     def on_done(self, callback: Callable[[], object]) -> None:
         with self._link.mutex:
-            if not self.done:
+            here = self.done
+            if not here:
                 if self._callbacks is None:
                     self._callbacks = []
+                    self._link.watched += 1
                 self._callbacks.append(callback)
-                watched = True
-            else:
-                watched = False
-        if watched:
-            self._link.watch()
-        else:
+        if here:
             callback()
+        else:
+            self._link.watch()
 
     # What the link calls
 
@@ -72,6 +71,8 @@ class WireReply:
             self._raw, self._down, self.done = raw, down, True
             callbacks, gate = self._callbacks, self._gate
             self._callbacks = None
+            if callbacks is not None:
+                self._link.watched -= 1
         if gate is not None:
             with contextlib.suppress(RuntimeError):  # let go already
                 gate.release()
@@ -83,10 +84,6 @@ class WireReply:
         self._gate = gate = threading.Lock()
         gate.acquire()
         return gate
-
-    @property
-    def watched(self) -> bool:
-        return self._callbacks is not None
 
 
 class SocketLink:
@@ -103,12 +100,12 @@ class SocketLink:
     """
 
     def __init__(self, secret: bytes, life: str, address: str, folder: Path) -> None:
-        self.mutex = threading.Lock()
+        self.mutex = threading.Lock()  # guards the replies' states, and the next two
+        self.watched = 0  # replies that have callbacks
+        self._sleepers: dict[WireReply, threading.Lock] = {}
         self._writing = threading.Lock()
         self._reading = threading.Lock()
-        self._replies: dict[int, WireReply] = {}
-        self._sleepers: dict[WireReply, threading.Lock] = {}
-        self._watched = 0
+        self._replies: dict[int, WireReply] = {}  # by id; one is added, or all are taken away, under `_writing`
         self._next = 0
         self._gone = False
         self._connection = Connection(secret, life, os.urandom(32), listens=False)
@@ -138,7 +135,7 @@ class SocketLink:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(LONG), 0))
         self._used_at = time.monotonic()
 
-    # The contract of `links.Link`
+    # As `links.Link` has it
 
     @property
     def used_at(self) -> float:
@@ -162,9 +159,7 @@ class SocketLink:
     def retire(self) -> None:
         self._gone = True
 
-    def send(self, message: bytes, extra: Sequence[object]) -> WireReply:
-        if extra:
-            raise ValueError("what travels beside a message goes by Ray")
+    def send(self, message: bytes) -> WireReply:
         return self._send(CALL, message)
 
     def control(self, message: bytes) -> WireReply:
@@ -194,32 +189,32 @@ class SocketLink:
             return
         until = None if timeout is None else time.monotonic() + timeout
         left = LONG if timeout is None else min(timeout, LONG)
-        while not reply.done and left > 0:
-            if self._reading.acquire(blocking=False):
-                try:
-                    while not reply.done and left > 0:
+        try:
+            while not reply.done and left > 0:
+                if self._reading.acquire(blocking=False):
+                    try:
                         self._read(left)
-                        if not reply.done and until is not None:
-                            left = min(until - time.monotonic(), LONG)
-                finally:
-                    self._reading.release()
-                    self._hand_on()
-            else:
-                self._sleep(reply, left)
-                if not reply.done and until is not None:
+                    finally:
+                        self._reading.release()
+                else:
+                    self._sleep(reply, left)
+                if until is not None:
                     left = min(until - time.monotonic(), LONG)
-        if (self._sleepers or self._watched) and not self._reading.locked():
-            self._hand_on()
+        finally:  # also of an interrupt: the others must not wait for one who has gone
+            if not self._reading.locked():
+                self._hand_on()
 
     def _sleep(self, reply: WireReply, seconds: float) -> None:
         """Somebody else reads: waits until the answer came, or it is this thread's turn to read."""
         gate = reply.gate()
         with self.mutex:
             self._sleepers[reply] = gate
-        if not reply.done and self._reading.locked():
-            gate.acquire(timeout=seconds)
-        with self.mutex:
-            self._sleepers.pop(reply, None)
+        try:
+            if not reply.done and self._reading.locked():
+                gate.acquire(timeout=seconds)
+        finally:
+            with self.mutex:
+                self._sleepers.pop(reply, None)
 
     def _hand_on(self) -> None:
         """Whoever has read stops: another one who waits reads on, or the thread for those whom nobody waits for."""
@@ -230,13 +225,11 @@ class SocketLink:
         if sleeper is not None:
             with contextlib.suppress(RuntimeError):  # woken already
                 sleeper.release()
-        elif self._watched:
+        elif self.watched:
             _reader.arm(self)
 
     def watch(self) -> None:
-        """An answer has come to be watched that no thread waits for."""
-        with self.mutex:
-            self._watched += 1
+        """An answer is watched that perhaps no thread waits for."""
         if not self._reading.locked():
             _reader.arm(self)
 
@@ -248,8 +241,6 @@ class SocketLink:
             finally:
                 self._reading.release()
                 self._hand_on()
-        if self._gone and not self._replies:
-            _reader.forget(self)
 
     def _read(self, seconds: float) -> None:
         """Reads once, and settles what was answered. Whoever calls it holds `_reading`."""
@@ -285,9 +276,6 @@ class SocketLink:
     def _take(self, answer: Frame) -> None:
         reply = self._replies.pop(answer.id, None)
         if reply is not None:
-            if reply.watched:
-                with self.mutex:
-                    self._watched -= 1
             reply.settle(Raw(bytes(answer.body)), None)
 
     def _broke(self, why: str) -> None:
@@ -296,9 +284,6 @@ class SocketLink:
             replies, self._replies = self._replies, {}
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        with self.mutex:
-            self._watched = 0
-        _reader.forget(self)
         for reply in replies.values():
             reply.settle(None, Down(f"the host's connection broke: {why}", ran=True))
 
@@ -308,12 +293,15 @@ class SocketLink:
 
 
 class Reader:
-    """The thread that reads for those who do not wait. It starts with the first of them."""
+    """The thread that reads for those who do not wait. It starts with the first of them.
+
+    It keeps no link alive: one that nobody has any more is closed, and the kernel takes it out of the epoll.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._epoll: select.epoll | None = None
-        self._links: dict[int, SocketLink] = {}
+        self._links: weakref.WeakValueDictionary[int, SocketLink] = weakref.WeakValueDictionary()
 
     def arm(self, link: SocketLink) -> None:
         """Has the link read once, as soon as there is something to read."""
@@ -321,20 +309,12 @@ class Reader:
             if self._epoll is None:
                 self._epoll = select.epoll()
                 threading.Thread(target=self._run, args=(self._epoll,), name="flock_ray reader", daemon=True).start()
+            self._links[link.fileno] = link
             flags = select.EPOLLIN | select.EPOLLONESHOT
-            if self._links.get(link.fileno) is link:
+            try:
                 self._epoll.modify(link.fileno, flags)
-            else:
-                self._links[link.fileno] = link
-                with contextlib.suppress(FileExistsError):
-                    self._epoll.register(link.fileno, flags)
-
-    def forget(self, link: SocketLink) -> None:
-        with self._lock:
-            if self._epoll is not None and self._links.get(link.fileno) is link:
-                del self._links[link.fileno]
-                with contextlib.suppress(OSError):
-                    self._epoll.unregister(link.fileno)
+            except FileNotFoundError:
+                self._epoll.register(link.fileno, flags)
 
     def _run(self, epoll: select.epoll) -> None:
         while True:
@@ -342,6 +322,7 @@ class Reader:
                 link = self._links.get(fileno)
                 if link is not None:
                     link.read_for_watched()
+                del link  # not kept until the next has something to read
 
 
 _reader = Reader()

@@ -21,7 +21,6 @@ from flock_ray.runtime.sockets import SocketLink, WireReply
 from flock_ray.specs import Route
 
 AGAIN = 30.0  # seconds until a node that no socket reached is tried again
-_RESULT = wire.encode(wire.Answer("result"))
 
 
 class LaterReply:
@@ -81,7 +80,7 @@ class FetchedReply:
         self._reply.on_done(here)
 
     def _fetch(self, raw: Raw) -> Reply | None:
-        if not raw.message or raw.message.startswith(_RESULT):
+        if not raw.message or raw.message.startswith(wire.RESULT):
             return None
         answer = wire.decode(raw.message)[0]
         if answer.kind != "parcel":
@@ -121,7 +120,7 @@ class DirectLink:
 
     def send(self, message: bytes, extra: Sequence[Any]) -> Reply:
         if not extra and len(message) <= LONGEST and not self._under_way:
-            return FetchedReply(self.link.send(message, ()), self)
+            return FetchedReply(self.link.send(message), self)
         # What follows on a message by Ray goes that way too until that is answered: it would overtake it on the socket.
         with self._lock:
             self._under_way += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import os
@@ -958,3 +959,27 @@ def test_nobody_waits_for_a_task_that_a_method_left_behind(bench):
 def test_leave_takes_a_text(reason):
     with pytest.raises(TypeError, match="reason must be a str"):
         inside.leave(reason)
+
+
+class Partial:
+    def scale(self, by, value):
+        return by * value
+
+    double = functools.partialmethod(scale, 2)
+
+    @functools.singledispatchmethod
+    def kind(self, value):
+        return "something"
+
+    @kind.register
+    def _(self, value: int):
+        return "a number"
+
+
+def test_methods_that_functools_makes_are_methods(bench):
+    from flock_ray.api.options import methods
+
+    assert {"scale", "double", "kind"} <= set(methods(Partial))
+    bench.hatch(Partial)
+    assert bench.call("double", 21) == ("result", 42)
+    assert [bench.call("kind", value) for value in (1, "x")] == [("result", "a number"), ("result", "something")]
