@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         shutdown,
         start,
         stop,
+        stream,
         wait,
         where,
     )
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         RemoteError,
     )
     from flock_ray.runtime.inside import Me, Timer, leave, me, send_after, send_every
+    from flock_ray.runtime.streams import Stream
     from flock_ray.specs import BirdInfo, NestInfo
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "Method",
     "NestInfo",
     "RemoteError",
+    "Stream",
     "Timer",
     "aio",
     "alive",
@@ -88,6 +91,7 @@ __all__ = [
     "shutdown",
     "start",
     "stop",
+    "stream",
     "wait",
     "where",
 ]
@@ -97,6 +101,7 @@ _HOMES = (  # where the names above are, the cheaper first
     "flock_ray.specs",
     "flock_ray.config",
     "flock_ray.runtime.inside",
+    "flock_ray.runtime.streams",
     "flock_ray.api.bird",
     "flock_ray.api.flock",
 )

@@ -41,6 +41,9 @@ class Config:
             takes one on its node. `None`: any.
         send_window: how many casts and futures of one caller to one bird may be unanswered before `MailboxFull`. More takes bigger
             bursts, and memory on both sides.
+        mailbox: how many messages may wait for their turn at one bird. Past it a call waits for room within its timeout, and casts and
+            futures raise `MailboxFull`. More takes bigger bursts, and memory of the bird's process. It counts what comes over sockets; over
+            Ray only `send_window` bounds.
         start_argument_limit: bytes of pickled arguments `start` takes: they are replicated to every node.
     """
 
@@ -64,6 +67,7 @@ class Config:
     wire: str = "auto"
     ports: tuple[int, int] | None = None
     send_window: int = 10_000
+    mailbox: int = 100_000
     start_argument_limit: int = 1_000_000
 
     def __post_init__(self) -> None:
@@ -83,7 +87,7 @@ class Config:
             elif not (value >= 0 if setting.name in may_be_zero else value > 0):
                 least = "at least 0" if setting.name in may_be_zero else "more than 0"
                 raise ValueError(f"{setting.name} must be {least}, not {value!r}")
-        for setting_name in ("moves_in_flight", "max_birds", "send_window", "start_argument_limit"):
+        for setting_name in ("moves_in_flight", "max_birds", "send_window", "mailbox", "start_argument_limit"):
             value = getattr(self, setting_name)
             if value is not None and not isinstance(value, int):
                 raise ValueError(f"{setting_name} must be a whole number, not {value!r}")

@@ -200,7 +200,8 @@ class BirdInfo:
     """What a nest's replica says of one bird.
 
     `state` is `pending`, `starting`, `running`, `moving`, `restarting` or `failed`; `node_id` is the node that holds it, or
-    that should; `last_error` has the remote traceback; `reason` says why it is pending.
+    that should; `last_error` has the remote traceback; `reason` says why it is pending. `path` is of the process that asks, and only in
+    what `info` returns: by which way its calls of the bird go, `"unix"`, `"tcp"` or `"ray"`; `None` before the first.
     """
 
     name: Any
@@ -211,6 +212,7 @@ class BirdInfo:
     last_error: str
     reason: str
     light: bool
+    path: str | None = field(default=None, compare=False)
     class_name: str = field(default="", compare=False)
 
 

@@ -1,7 +1,8 @@
 """Handles: `Bird`, which names a bird, and `Method`, which names one of its methods.
 
 Rules kept here: a bird's only public attribute is `name`; every other one is a method of the bird. A handle is a few values, picklable,
-and works wherever it is sent (C3). Settings of a call (`options`, `cast`, `future`, `aio`) never mix with the method's own keywords.
+and works wherever it is sent (C3). Settings of a call (`options`, `cast`, `future`, `stream`, `aio`) never mix with the
+method's own keywords.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any, Generic, TypeVar
 from flock_ray.config import check_known
 from flock_ray.runtime.client import DEFAULT, client_of
 from flock_ray.runtime.pending import Default
+from flock_ray.runtime.streams import Stream
 from flock_ray.specs import Dot, Name
 
 T_co = TypeVar("T_co", covariant=True)
 
 
 class Bird(Generic[T_co]):
-    """A handle of a named bird. `bird.method(...)` calls it; `bird.method` has `cast`, `future`, `aio` and `options`.
+    """A handle of a named bird. `bird.method(...)` calls it; `bird.method` has `cast`, `future`, `stream`, `aio` and `options`.
 
     Two handles are equal if they name the same bird of the same flock. A method called `name` is reached by
     `flock_ray.call(bird, "name")`.
@@ -109,6 +111,19 @@ class Method:
         """
         bird = self._bird
         return client_of(bird._flock).future(bird._name, bird._dot, self.__name__, args, kwargs, self._timeout, self._retry)
+
+    def stream(self, *args: Any, **kwargs: Any) -> Stream[Any]:
+        """Calls a generator method.
+
+        Returns:
+            An iterator, and async iterator, over what it yields; at most 16 items are made ahead of who reads them. The timeout is for
+            each item. Closing it closes the generator.
+
+        Raises:
+            TypeError: an argument cannot be pickled. All else is raised while it is read.
+        """
+        bird = self._bird
+        return client_of(bird._flock).stream(bird._name, bird._dot, self.__name__, args, kwargs, self._timeout, self._retry)
 
     async def aio(self, *args: Any, **kwargs: Any) -> Any:
         """As calling the method, on any event loop. To cancel it takes the call back, also a running `async def` method."""

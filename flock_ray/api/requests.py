@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from flock_ray.api import starting
@@ -134,7 +135,8 @@ class Requests:
         if found is None:
             plain = self._target(name)[1]
             raise BirdNotFound(f"no nest that could be asked knows a bird {plain!r}; start it first", plain)
-        return found
+        client, plain, _ = self._target(name)
+        return replace(found, path=client.path(plain))
 
     async def _birds(self, state: str | None, node: str | None, prefix: object, of: object) -> list[BirdInfo]:
         if state is not None and state not in _STATES:

@@ -24,7 +24,6 @@ import enum
 import hmac
 import struct
 from hashlib import sha256
-from typing import NamedTuple
 
 MAGIC = b"flck"
 VERSION = 1
@@ -47,10 +46,7 @@ class ProtocolError(Exception):  # it says what is so, and ends a connection; ca
     """The other side does not speak this protocol, lacks the secret, or sent what is too large."""
 
 
-class Frame(NamedTuple):
-    kind: int
-    id: int
-    body: memoryview
+Frame = tuple[int, int, memoryview]  # kind, id, body; a named tuple takes a microsecond more to make, a third of what a frame costs
 
 
 class _Stage(enum.Enum):
@@ -102,11 +98,11 @@ class Connection:
         self._hello = _HELLO.pack(MAGIC, VERSION, _CALLER, self._nonce, self._life)
         return self._hello
 
-    def receive(self, data: bytes) -> tuple[list[Frame], bytes]:
+    def receive(self, data: bytes | memoryview) -> tuple[list[Frame], bytes]:
         """Takes bytes in, however they were cut.
 
         Returns:
-            The frames that are complete now, and what is to be sent for the handshake's sake.
+            The frames that are complete now, and what is to be sent for the handshake's sake. Bodies are views of `data`.
 
         Raises:
             ProtocolError: the connection has to be closed.
@@ -131,13 +127,14 @@ class Connection:
         buffer.clear()
         return self._frames(rest), reply
 
-    def _frames(self, data: bytes) -> list[Frame]:
+    def _frames(self, data: bytes | memoryview) -> list[Frame]:
         """Cuts frames off; what is left of `data` goes to the buffer."""
         found: list[Frame] = []
         at, end = 0, len(data)
         view = memoryview(data)
+        unpack = _HEAD.unpack_from
         while end - at >= HEAD:
-            length, kind, number = _HEAD.unpack_from(data, at)
+            length, kind, number = unpack(view, at)
             if length > MAX_BODY or not CALL <= kind <= ANSWER:
                 self._stage = _Stage.BROKEN
                 raise ProtocolError(f"a frame of kind {kind} and {length:,} bytes")
@@ -146,7 +143,7 @@ class Connection:
                 self._needed = HEAD + length
                 break
             at = begin + length
-            found.append(Frame(kind, number, view[begin:at]))
+            found.append((kind, number, view[begin:at]))
         if at < end:
             self._buffer += view[at:]
         return found

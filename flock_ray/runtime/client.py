@@ -19,9 +19,11 @@ from flock_ray import errors
 from flock_ray.runtime import inside, payload
 from flock_ray.runtime.asks import Asks
 from flock_ray.runtime.courier import Courier
+from flock_ray.runtime.deadlines import Deadlines
 from flock_ray.runtime.lanes import Lane
-from flock_ray.runtime.links import Link, Links, RayLinks
-from flock_ray.runtime.pending import FOREVER, Default, Pending
+from flock_ray.runtime.links import Link, Links, RayLinks, Urgency
+from flock_ray.runtime.pending import FOREVER, CallFuture, Default, Pending
+from flock_ray.runtime.streams import Stream
 from flock_ray.runtime.ways import Ways
 from flock_ray.specs import Dot, Name, Route
 
@@ -41,6 +43,7 @@ class Client:
         self.clock = clock
         self.session = links.session()
         self.asks = Asks(flock, links, courier, clock)
+        self.deadlines = Deadlines()
         self._process = uuid.uuid4().hex[:16]
         self._callers = itertools.count()
         self._routes: dict[Name, tuple[Route, Link]] = {}
@@ -57,34 +60,42 @@ class Client:
             text = f"calling {method!r} of bird {name!r} here would stop the event loop of this bird; in an async def method"
             raise RuntimeError(f"{text}, await flock_ray.aio.call(...) or bird.{method}.aio(...)")
         message = self._message(name, dot, method, args, kwargs, timeout, retry)
-        message.lane.submit(message, watched=False)
+        message.lane.submit(message, Urgency.NOW)
         try:
-            return message.result()
+            message.wait(message.deadline)
         except BaseException:
-            if not message.finished:
-                message.cancel()  # an interrupt
+            message.take_back()  # an interrupt
             raise
+        return message.value()
 
     async def aio(
         self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | Default | None, retry: bool
     ) -> Any:
         """Calls a method and awaits its result, on any event loop."""
         message = self._message(name, dot, method, args, kwargs, timeout, retry)
-        message.lane.submit(message, watched=False)
+        message.lane.submit(message, Urgency.WITH_LOOP)
         return await message.wait_async()
 
     def future(
         self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | Default | None, retry: bool
-    ) -> Pending:
+    ) -> CallFuture:
         """Sends a call and returns the future of its result."""
         message = self._message(name, dot, method, args, kwargs, timeout, retry, detached=True)
-        message.lane.submit(message, watched=True)
-        return message
+        message.lane.submit(message, Urgency.SOON)
+        return CallFuture(message)
+
+    def stream(
+        self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | Default | None, retry: bool
+    ) -> Stream[Any]:
+        """Calls a generator method and returns the iterator over what it yields."""
+        message = self._message(name, dot, method, args, kwargs, timeout, retry, stream=True)
+        message.lane.submit(message, Urgency.NOW)
+        return Stream(message)
 
     def cast(self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any) -> None:
         """Sends a message nobody waits for."""
         message = self._message(name, dot, method, args, kwargs, DEFAULT, False, cast=True)
-        message.lane.submit(message, watched=True)
+        message.lane.submit(message, Urgency.SOON)
 
     def _message(
         self,
@@ -98,23 +109,15 @@ class Client:
         *,
         cast: bool = False,
         detached: bool = False,
+        stream: bool = False,
     ) -> Pending:
         body, extra = self._pack(name, method, args, kwargs)
         now_inside = inside.current.get()
         chain = now_inside.chain if now_inside is not None and not cast and not detached else ()
-        message = Pending(
-            self._lane(name, now_inside),
-            dot,
-            method,
-            body,
-            extra,
-            chain=chain,
-            in_chain=bool(chain) and (self.flock, name) in chain,
-            cast=cast,
-            retry=retry,
-            timeout=timeout,
-            detached=detached,
-        )
+        message = Pending(self._lane(name, now_inside), dot, method, body, extra, chain, timeout, retry)
+        if chain and (self.flock, name) in chain:
+            message.in_chain = True
+        message.cast, message.detached, message.stream = cast, detached, stream
         self.give_time(message)
         return message
 
@@ -163,6 +166,11 @@ class Client:
         """The kept route of a name, if its host is not known to be gone."""
         known = self._routes.get(name)
         return None if known is None or known[1].lost() else known
+
+    def path(self, name: Name) -> str | None:
+        """By which way calls of a bird go."""
+        known = self.known(name)
+        return None if known is None else known[1].path
 
     def learn(self, route: Route, link: Link) -> None:
         if len(self._routes) >= ROUTES:

@@ -27,9 +27,10 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 
-from flock_ray.core.connection import LONGEST, Frame
+from flock_ray.core.connection import LONGEST
 from flock_ray.core.wire import (
     Answer,
+    Call,
     EndOrder,
     ForgetOrder,
     HatchOrder,
@@ -40,11 +41,12 @@ from flock_ray.core.wire import (
     ReportOrder,
     Withdraw,
     decode,
+    decode_call,
     encode,
 )
 from flock_ray.runtime.inside import current
-from flock_ray.runtime.life import MOVED, HostedLife, Response, State
-from flock_ray.runtime.listener import Caller, Listener
+from flock_ray.runtime.life import FULL, MOVED, HostedLife, Response, State
+from flock_ray.runtime.listener import Answers, Caller, Listener
 from flock_ray.runtime.tether import NestAwayError, NestLink, PidFile, Reporter, Tether
 from flock_ray.runtime.timers import Scheduler
 from flock_ray.specs import Dot, Life, Name
@@ -71,6 +73,7 @@ class HostBoot:
         sys_path: the starter's, to import the bird's class from.
         nest_pid: the process of the nest that creates it.
         nest: that nest's life, for records handed over before another has said Welcome.
+        mailbox: `Config.mailbox`.
         secret: the flock's, with which callers prove that they may call; empty: they call by Ray only.
         ports: `Config.ports`.
     """
@@ -84,6 +87,7 @@ class HostBoot:
     sys_path: tuple[str, ...]
     nest_pid: int
     nest: Life | None = None
+    mailbox: int = 1
     secret: bytes = b""
     ports: tuple[int, int] | None = None
 
@@ -150,7 +154,7 @@ class Host:
             self._life = make(head, self)
         return self._life
 
-    def control(self, message: bytes) -> bytes:
+    def control(self, message: bytes | memoryview) -> bytes:
         """An order of a nest, or a caller's `Withdraw`; returns at once."""
         head = decode(message)[0]
         life = self._life
@@ -165,8 +169,8 @@ class Host:
             case ReportOrder():
                 return pickle.dumps(self._report() or HostUp(self.host, self.pid))
             case Withdraw():
-                if life is not None:
-                    life.withdraw(head.id)
+                if life is not None and head.caller:
+                    life.withdraw(head.caller, head.order)
             case _:
                 log.error("a host got %r, which is no order", head)
         return b""
@@ -190,14 +194,16 @@ class Host:
 
     # Callers that come without Ray
 
-    def listen(self, slots: int, call: Callable[[Caller, Frame], bytes | None]) -> None:
+    def listen(self, slots: int, call: Callable[[Caller, int, memoryview], bytes | str | None]) -> None:
         """Opens the doors, if the flock uses any. Where that fails, callers come by Ray."""
         boot = self.boot
         if not boot.secret:
             return
         path = socket_path(boot.directory, self.pid)
         try:
-            self._listener = Listener(boot.secret, boot.flock_life, path, self._ip, boot.ports, slots, call, self._control_frame)
+            self._listener = Listener(
+                boot.secret, boot.flock_life, path, self._ip, boot.ports, slots, boot.mailbox, call, self._full, self.control, self._gone
+            )
         except OSError as error:
             log.warning("host %s is called by Ray only: %s", self.host, error)
             return
@@ -207,8 +213,16 @@ class Host:
     def address(self) -> str:
         return self._listener.address if self._listener is not None else ""
 
-    def _control_frame(self, order: Frame) -> bytes:
-        return self.control(bytes(order.body))
+    def _full(self, message: memoryview) -> bytes:
+        """There is no room for this call: nor is there for what its caller sends after it, until he begins anew (C2)."""
+        head, order, _ = decode_call(message)
+        if self._life is not None and isinstance(head, Call):
+            self._life.refuse_from(head.caller, order)
+        return FULL
+
+    def _gone(self, caller: Caller) -> None:
+        if self._life is not None:
+            self._life.close_streams_of(caller)
 
     def framed(self, response: Response) -> bytes:
         """A response as the body of a frame: what is too long, or has something beside it, waits here to be fetched by Ray."""
@@ -223,10 +237,10 @@ class Host:
         """What `framed` put aside, once."""
         return self._parcels.pop(parcel, MOVED)
 
-    def answer(self, caller: Caller, number: int, response: Response) -> None:
-        """Answers a call that was answered by nothing at first."""
+    def send_answers(self, answers: Answers) -> None:
+        """Sends answers to calls that were answered by nothing at first."""
         if self._listener is not None:
-            self._listener.answer(caller, number, self.framed(response))
+            self._listener.send(answers)
 
     # What lives need (`life.Surroundings`)
 

@@ -99,6 +99,7 @@ class Hosts:
             sys_path=tuple(brought.get("path", ())),
             nest_pid=os.getpid(),
             nest=self.life,
+            mailbox=self._record.config.mailbox,
             secret=self._record.secret if self._record.config.wire == "auto" else b"",
             ports=self._record.config.ports,
         )

@@ -23,13 +23,14 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flock_ray import errors
 from flock_ray.core import events as ev
 from flock_ray.core import wire
-from flock_ray.runtime.links import Down, Link, NoAnswer, Reply, answer_of
-from flock_ray.runtime.pending import Opened, Pending, named_error, open_raw
+from flock_ray.runtime.links import Down, Link, NoAnswer, Reply, Urgency, answer_of
+from flock_ray.runtime.pending import FOREVER, Opened, Pending, named_error, open_raw
 from flock_ray.specs import Name, Route
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 FRESH = 0.2  # seconds
 PING_SECONDS = 2.0  # a busy host is given the benefit of the doubt after this; a dead one is known before
 AVOID_SECONDS = 3.0  # how long another route is insisted on; a bird can come back to where it was
+HEADS = 256  # methods (and chains) of one bird whose heads a lane keeps
+FULL_PAUSE = 0.02  # seconds before a bird whose mailbox was full is tried again
 RETRY_PAUSE = 0.05  # seconds before a host that could not be reached is tried again
 
 
@@ -48,7 +51,7 @@ class Way(NamedTuple):
     link: Link
 
 
-_PING = wire.encode(wire.Withdraw(""))
+_PING = wire.encode(wire.Withdraw("", 0))
 
 
 class Lane:
@@ -57,22 +60,20 @@ class Lane:
     def __init__(self, client: Client, name: Name, caller: str) -> None:
         self.client = client
         self.name = name
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._base = caller
-        self._ids = itertools.count()
         self._connections = itertools.count()
         self._caller = caller
+        self._heads: dict[tuple[Any, ...], bytes] = {}  # of this connection's calls, by method and kind
         self._way: Way | None = None
         self._order = 0
         self._sent: dict[int, Pending] = {}  # by order
         self._queue: deque[Pending] = deque()
         self._closed = False  # the courier is at work
+        self._full = False  # the host has said so, and nothing has been taken since
         self._watching = False
         self._avoid: Route | None = None
         self._nudge: asyncio.Event | None = None
-
-    def next_id(self) -> str:
-        return f"{self._base}/{next(self._ids)}"
 
     @property
     def idle(self) -> bool:
@@ -80,20 +81,22 @@ class Lane:
 
     # On the caller's thread
 
-    def submit(self, message: Pending, watched: bool) -> None:
+    def submit(self, message: Pending, urgency: Urgency) -> None:
         """Sends a message, or queues it behind those that wait for a route. Never waits.
 
         Args:
-            watched: nobody is about to wait for its answer, so the courier has to look for it.
+            urgency: `SOON` also says that nobody is about to wait for its answer, so the courier has to look for it.
 
         Raises:
-            MailboxFull: the window is full.
+            MailboxFull: the window is full, or the bird's mailbox is.
             CallCycle: the bird waits for this very call.
         """
-        with self._lock:
-            window = self.client.asks.send_window
-            if len(self._sent) + len(self._queue) >= window and watched:
-                text = f"{window} messages to bird {self.name!r} are not answered yet; slow down, or wait for some of them"
+        unwaited = urgency is Urgency.SOON
+        if unwaited and len(self._sent) + len(self._queue) >= self.client.asks.send_window:
+            self._make_room()
+        with self.lock:
+            if unwaited and self._full:
+                text = f"the mailbox of bird {self.name!r} is full; slow down, or start more birds"
                 raise errors.MailboxFull(text, self.name)
             way = self._open_way()
             if way is None:
@@ -103,10 +106,23 @@ class Lane:
                 elif self._nudge is not None:
                     self.client.courier.post(self._nudge.set)
                 return
-            self._check_cycle(message)
-            self._send(message, way)
-            if watched and not self._watching:
+            if message.in_chain or message.waited_in:
+                self._check_cycle(message)
+            reply = self._send(message, way, urgency)
+            if unwaited and not self._watching:
                 self._watch()
+        if message.cast:
+            reply.tell(partial(self.take, message, reply))
+
+    def _make_room(self) -> None:
+        """The window is full, but perhaps of messages whose answers nobody has looked at yet."""
+        way = self._way
+        if way is not None:
+            way.link.look()
+        window = self.client.asks.send_window
+        if len(self._sent) + len(self._queue) >= window:
+            text = f"{window} messages to bird {self.name!r} are not answered yet; slow down, or wait for some of them"
+            raise errors.MailboxFull(text, self.name)
 
     def _open_way(self) -> Way | None:
         """The way, if a message can be risked on it without a look."""
@@ -118,11 +134,14 @@ class Lane:
                 return None
             self._connect(Way(*known))
         way = self._way
-        return way if way is not None and self.client.clock() - way.link.used_at < FRESH and not way.link.lost() else None
+        if way is None or way.link.lost():
+            return None
+        return way if way.link.used_at == FOREVER or self.client.clock() - way.link.used_at < FRESH else None
 
     def _connect(self, way: Way) -> None:
         self._way, self._order = way, 0
         self._caller = f"{self._base}.{next(self._connections)}"
+        self._heads = {}
 
     def _check_cycle(self, message: Pending) -> None:
         if message.in_chain and not message.cast:
@@ -142,61 +161,78 @@ class Lane:
             text = f"the call would wait for itself: {birds}; use cast, or make the methods of {self.name!r} async def"
             raise errors.CallCycle(text, self.name)
 
-    def _send(self, message: Pending, way: Way) -> Reply:
-        head = wire.Call(message.id, self._caller, self._order, way.route.dot, message.method, message.chain, message.cast)
+    def _send(self, message: Pending, way: Way, urgency: Urgency) -> Reply:
+        kind = (message.method, message.chain, message.cast, message.stream)
+        head = self._heads.get(kind)
+        if head is None:
+            head = wire.encode(wire.Call(self._caller, way.route.dot, *kind))
+            if len(self._heads) >= HEADS:
+                self._heads.clear()
+            self._heads[kind] = head
+        order = self._order
         message.fate = None
-        message.reply = reply = way.link.send(wire.encode(head, message.body), message.extra)
-        message.order = self._order
-        self._sent[self._order] = message
-        self._order += 1
+        message.link = way.link
+        message.reply = reply = way.link.send(wire.encode_call(head, order, message.body), message.extra, urgency)
+        message.caller, message.order = self._caller, order
+        self._sent[order] = message
+        self._order = order + 1
         return reply
 
     # On any thread
 
-    def settle(self, message: Pending, reply: Reply, outcome: Opened | Exception, *, here: bool = False) -> None:
-        """Takes what became of a message. The second to say so is ignored.
-
-        Args:
-            here: the sender says so, on the thread that waits.
-        """
-        with self._lock:
+    def settle(self, message: Pending, reply: Reply, outcome: Opened | Exception) -> None:
+        """Takes what became of a message. The second to say so is ignored."""
+        forgotten: list[Reply] = []
+        with self.lock:
             if message.reply is not reply or message.fate is not None:
                 return
-            unanswered = isinstance(outcome, Down) or (isinstance(outcome, Opened) and outcome.answer.kind == "moved")
-            if message.begun:  # the lane has forgotten it, and may be on another way: only its own answer matters
-                message.begun = False
-                if unanswered:
-                    message.fate = outcome if isinstance(outcome, Down) else "moved"
-                    if message.again:
-                        message.reply = None
-                        self._queue.append(message)  # as if it came last
-                        self._close()
-                        return
-                    outcome = self._may_have_run(message)
-            elif self._sent.get(message.order) is not message:
-                return
-            elif unanswered:
-                message.fate = outcome if isinstance(outcome, Down) else "moved"
-                self._close()
-                return
-            else:
-                del self._sent[message.order]
-                if self._way is not None and isinstance(outcome, Opened):
-                    self._way.link.used_at = self.client.clock()
-                    self._forget_before(message.order)
-        if isinstance(outcome, Exception):
-            message.fail(outcome)
-        elif here:
-            message.answered_here(outcome)
+            fate: str | Down | None = None
+            fetched: Reply | None = None
+            if isinstance(outcome, Opened):
+                kind = outcome.answer.kind
+                if kind == "parcel" and message.link is not None:
+                    fetched = message.reply = message.link.fetch(outcome.answer.text)
+                elif kind in ("moved", "full"):
+                    fate = kind
+            elif isinstance(outcome, Down):
+                fate = outcome
+            if fetched is None:
+                if message.begun:  # the lane has forgotten it, and may be on another way: only its own answer matters
+                    message.begun = False
+                    if fate is not None:
+                        message.fate = fate
+                        if message.again:
+                            message.reply = None
+                            self._queue.append(message)  # as if it came last
+                            self._close()
+                            return
+                        outcome = self._may_have_run(message)
+                elif self._sent.get(message.order) is not message:
+                    return
+                elif fate is not None:
+                    message.fate = fate
+                    self._full = fate == "full"
+                    self._close()
+                    return
+                else:
+                    del self._sent[message.order]
+                    if self._way is not None and isinstance(outcome, Opened):
+                        self._way.link.heard(self.client.clock())
+                        forgotten = self._forget_before(message.order)
+        for each in forgotten:
+            each.forget()
+        if fetched is not None:
+            if message.is_watched:
+                message.watch(fetched)
         else:
-            message.answered(outcome)
+            message.finish(outcome)
 
     def take(self, message: Pending, reply: Reply) -> None:
         """Settles a message whose reply is there."""
         try:
             outcome: Opened | Exception = open_raw(reply.get(0))
         except NoAnswer:
-            reply.on_done(lambda: self.client.courier.post(self.take, message, reply))
+            reply.on_done(lambda: self.take(message, reply))
             return
         except Exception as error:  # `Down`, or what became of an argument
             outcome = error
@@ -204,27 +240,37 @@ class Lane:
 
     def reply_or_watch(self, message: Pending) -> Reply | None:
         """The reply to wait for. None if it is not sent: then the courier will watch it."""
-        with self._lock:
+        with self.lock:
             message.to_be_watched = True
             return message.reply if message.fate is None else None
 
     def abandon(self, message: Pending) -> None:
         """Nobody waits for it any more: it is not sent, or taken out of the mailbox if its method has not begun (C5)."""
-        with self._lock:
-            way, sent = self._way, self._sent.get(message.order) is message and message.fate is None
+        with self.lock:
+            sent = self._sent.get(message.order) is message and message.fate is None
             if sent:
                 del self._sent[message.order]
             elif message in self._queue:
                 self._queue.remove(message)
-        if (sent or message.begun) and way is not None:
+            link = message.link
+        if (sent or message.begun) and link is not None:
             with contextlib.suppress(Exception):  # it was only a favour
-                way.link.control(wire.encode(wire.Withdraw(message.id)))
+                link.control(wire.encode(wire.Withdraw(message.caller, message.order)))
 
-    def _forget_before(self, order: int) -> None:
-        """An answer that is no refusal: all that was sent before has begun, so it is never to be sent again for the order's sake."""
+    def _forget_before(self, order: int) -> list[Reply]:
+        """An answer that is no refusal: all that was sent before has begun, so it is never to be sent again for the order's sake.
+
+        Returns:
+            The replies to casts among them, which need not come any more.
+        """
+        forgotten: list[Reply] = []
         if self._sent and next(iter(self._sent)) < order:
             for place in tuple(itertools.takewhile(lambda place: place < order, self._sent)):
-                self._sent.pop(place).begun = True
+                message = self._sent.pop(place)
+                message.begun = True
+                if message.cast and message.reply is not None:
+                    forgotten.append(message.reply)
+        return forgotten
 
     def _watch(self) -> None:
         # One watched reply a lane, the newest: it tells of all before it. Watching each would cost a fifth of the rate (measured).
@@ -239,17 +285,17 @@ class Lane:
     # On the courier
 
     def _watch_newest(self) -> None:
-        with self._lock:
+        with self.lock:
             newest = next(reversed(self._sent.values()), None)
             self._watching = newest is not None
         if newest is not None and newest.reply is not None:
             reply = newest.reply
-            reply.on_done(lambda: self.client.courier.post(self._sweep, newest, reply))
+            reply.on_done(lambda: self._sweep(newest, reply))
 
     def _sweep(self, message: Pending, reply: Reply) -> None:
         """The watched reply is there: settles it, and watches on."""
         self.take(message, reply)
-        with self._lock:
+        with self.lock:
             self._watching = bool(self._sent)
             if self._watching:
                 self._watch()
@@ -268,7 +314,9 @@ class Lane:
     async def _reopen(self) -> bool:
         if await self._still_good():
             return self._flush()
-        await self._settle_sent()
+        full = await self._settle_sent()
+        if full is not None:
+            return await self._wait_for_room(full)
         if not self._expects():
             return self._flush()
         await self._find()
@@ -276,7 +324,7 @@ class Lane:
 
     async def _still_good(self) -> bool:
         """Was the lane closed for no more than an old route, and does the route still answer?"""
-        with self._lock:
+        with self.lock:
             way = self._way
             if way is None or any(message.fate is not None for message in self._sent.values()) or way.link.lost():
                 return False
@@ -293,29 +341,45 @@ class Lane:
         link.used_at = self.client.clock()
         return True
 
-    async def _settle_sent(self) -> None:
-        """Learns what became of everything sent, and queues again, in order, what may be sent again."""
+    async def _wait_for_room(self, way: Way) -> bool:
+        """The bird is there, and its mailbox was full: sends again in a while."""
+        await asyncio.sleep(FULL_PAUSE)
+        self._expects()
+        with self.lock:
+            self._connect(way)
+        return self._flush()
+
+    async def _settle_sent(self) -> Way | None:
+        """Learns what became of everything sent, and queues again, in order, what may be sent again.
+
+        Returns:
+            The way, if there was no more than a full mailbox at its end.
+        """
         while True:
-            with self._lock:
+            with self.lock:
                 unknown, reply = next(((one, one.reply) for one in self._sent.values() if one.fate is None), (None, None))
                 if unknown is None or reply is None:
                     again, lost = self._decide()
                     self._queue.extendleft(reversed(again))
                     self._sent.clear()
                     way, self._way = self._way, None
+                    full = self._full and not lost and way is not None and not way.link.lost()
                     break
             try:
                 outcome: Opened | Exception = open_raw(await answer_of(reply, None))
             except Exception as error:  # as in `take`
                 outcome = error
             self.settle(unknown, reply, outcome)
-            with self._lock:  # it may have been abandoned meanwhile
+            with self.lock:  # it may have been abandoned meanwhile
                 if unknown.fate is None:
                     self._sent.pop(unknown.order, None)
+        if full:
+            return way
         if way is not None:
             self.client.drop_route(way.route)
         for message in lost:
-            message.fail(self._may_have_run(message))
+            message.finish(self._may_have_run(message))
+        return None
 
     def _may_have_run(self, message: Pending) -> errors.BirdUnavailable:
         text = f"the host of bird {self.name!r} went away: {message.method!r} may or may not have run"
@@ -330,7 +394,7 @@ class Lane:
         refused = False
         self._avoid = None
         for message in self._sent.values():
-            refused = refused or message.fate == "moved"
+            refused = refused or message.fate in ("moved", "full")
             if refused or message.again:
                 again.append(message)
                 message.reply = None
@@ -360,7 +424,7 @@ class Lane:
                 link = None
             if link is not None and (self.client.clock() - link.used_at < FRESH or await self._ping(link)):
                 self.client.learn(route, link)
-                with self._lock:
+                with self.lock:
                     self._connect(Way(route, link))
                 return
             self.client.drop_route(route)
@@ -399,7 +463,7 @@ class Lane:
         for message in tuple(self._queue):
             self.client.give_time(message)
         self._fail_expired(None)
-        with self._lock:
+        with self.lock:
             self._queue = deque(message for message in self._queue if not message.finished)
             return bool(self._queue)
 
@@ -411,47 +475,56 @@ class Lane:
             if refused is None:
                 message.expire()
             else:
-                message.fail(named_error("CallTimeout", refused.message, self.name, refused.detail))
+                message.finish(named_error("CallTimeout", refused.message, self.name, refused.detail))
 
     def _fail_queue(self, make_error: Callable[[], BaseException]) -> None:
-        with self._lock:
+        with self.lock:
             messages = tuple(self._queue)
             self._queue.clear()
         for message in messages:
-            message.fail(make_error())
+            message.finish(make_error())
 
     def _fail_all(self, error: Exception) -> None:
-        with self._lock:
+        with self.lock:
             messages = [*self._sent.values(), *self._queue]
             self._sent.clear()
             self._queue.clear()
             self._way = None
             self._closed = False
         for message in messages:
-            message.fail(error)
+            message.finish(error)
 
     def _flush(self) -> bool:
         """Sends what has queued up, and opens the lane."""
         failed: list[tuple[Pending, Exception]] = []
-        with self._lock:
+        watched: list[tuple[Pending, Reply]] = []
+        casts: list[tuple[Pending, Reply]] = []
+        with self.lock:
             way = self._way
             if self._queue and way is None:
                 return False
+            self._full = False
             while self._queue and way is not None:
                 message = self._queue.popleft()
                 if message.finished:
                     continue
                 try:
                     self._check_cycle(message)
-                    reply = self._send(message, way)
+                    reply = self._send(message, way, Urgency.SOON)
                 except Exception as error:  # a cycle; or Ray did not take it
                     failed.append((message, error))
                     continue
                 if message.to_be_watched:
-                    message.watch(reply)
+                    watched.append((message, reply))
                 elif not self._watching:
                     self._watch()
+                if message.cast:
+                    casts.append((message, reply))
             self._closed = False
+        for message, reply in watched:
+            message.watch(reply)
+        for message, reply in casts:
+            reply.tell(partial(self.take, message, reply))
         for message, reason in failed:
-            message.fail(reason)
+            message.finish(reason)
         return True

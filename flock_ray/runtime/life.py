@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flock_ray.core.wire import (
+    END,
+    ITEM,
     RESULT,
     Answer,
     Call,
@@ -35,9 +37,11 @@ from flock_ray.core.wire import (
     LifeEnded,
     LifeExited,
     LifeRunning,
+    Pull,
     decode,
     encode,
 )
+from flock_ray.runtime.generators import Reading, Readings
 from flock_ray.runtime.inside import Inside, Leave, current
 from flock_ray.runtime.payload import pack, pack_alone, unpack
 from flock_ray.specs import Life
@@ -49,9 +53,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flock_ray.bird")
 
-WITHDRAWN = 10_000  # withdrawn calls remembered until their turn comes
+REMEMBERED = 10_000  # withdrawn calls that have not come to their turn, and callers who were told that there is no room
 
 MOVED = encode(Answer("moved"))
+FULL = encode(Answer("full"))
 
 ORDINARY = (Exception, asyncio.CancelledError)  # what a method may raise and live on; SystemExit and the like are a crash
 
@@ -141,8 +146,10 @@ class HostedLife:
         self._link = (order.flock, order.name)
         self._crashes = order.spec.options.on_error == "crash"
         self._lock = threading.Lock()  # guards changes of `state`
-        self._methods: dict[str, bytes | None] = {}  # the refusal of each that was ever asked for; None: it may be called
-        self._withdrawn: OrderedDict[str, None] = OrderedDict()
+        self._methods: dict[tuple[str, bool], bytes | None] = {}  # the refusal of each that was ever asked for; None: it may be called
+        self._withdrawn: OrderedDict[tuple[str, int], None] = OrderedDict()
+        self._refused: OrderedDict[str, int] = OrderedDict()  # from which of a caller's messages on there was no room
+        self._readings = Readings()
         self._end: EndOrder | None = None
         self._handed_over: tuple[bytes | None, bool] = (None, False)
 
@@ -199,23 +206,40 @@ class HostedLife:
 
     # Calls
 
-    def withdraw(self, call: str) -> None:
-        """A call that has not begun is not to be run."""
-        self._withdrawn[call] = None
-        if len(self._withdrawn) > WITHDRAWN:
+    def withdraw(self, caller: str, order: int) -> None:
+        """A call that has not begun is not to be run; a stream that it has opened is closed."""
+        reading = self._readings.pop((caller, order))
+        if reading is not None:
+            self._close_later(reading)
+            return
+        self._withdrawn[caller, order] = None
+        if len(self._withdrawn) > REMEMBERED:
             self._withdrawn.popitem(last=False)
 
-    def _turned_away(self, head: Call) -> bytes | None:
+    def refuse_from(self, caller: str, order: int) -> None:
+        """There was no room for a message, so all that its caller sent after it are refused: he sends them again, as another (C2)."""
+        self._refused.setdefault(caller, order)
+        if len(self._refused) > REMEMBERED:
+            self._refused.popitem(last=False)
+
+    def _at_the_door(self, head: Call, order: int) -> bytes | None:
+        """Why this call does not even wait for its turn."""
+        if self.state is not State.RUNNING:
+            return MOVED
+        return FULL if self._refused and order >= self._refused.get(head.caller, order + 1) else None
+
+    def _turned_away(self, head: Call, order: int) -> bytes | None:
         """Why this call is not run, now that it is its turn."""
         if self.state is not State.RUNNING or not self._host.may_run():
             return MOVED
-        if self._withdrawn and head.id in self._withdrawn:
-            del self._withdrawn[head.id]
+        if self._withdrawn and (head.caller, order) in self._withdrawn:
+            del self._withdrawn[head.caller, order]
             return refusal(f"the call of {self._method_name(head.method)} was withdrawn before it began", "CallTimeout")
+        key = (head.method, head.stream)
         try:
-            refused = self._methods[head.method]
+            refused = self._methods[key]
         except KeyError:
-            refused = self._methods[head.method] = self._examine(head.method)
+            refused = self._methods[key] = self._examine(*key)
         if refused is not None and head.cast:
             log.error("bird %r: a cast was refused: there is no method %r to run", self.name, head.method)
         return refused
@@ -266,8 +290,8 @@ class HostedLife:
     def _method_name(self, method: str) -> str:
         return f"{self.name!r}.{method}"
 
-    def _examine(self, method: str, private: bool = False) -> bytes | None:
-        """The refusal of what cannot be called; `None` of a method."""
+    def _examine(self, method: str, stream: bool = False, private: bool = False) -> bytes | None:
+        """The refusal of what cannot be called, or read as a stream; `None` of a method that can."""
         found = inspect.getattr_static(self._cls, method, None)
         if isinstance(found, functools.partialmethod | functools.singledispatchmethod):
             found = found.func
@@ -278,9 +302,11 @@ class HostedLife:
             return refusal(f"{who}: {method!r} is private", "AttributeError")
         if found is None or isinstance(found, type) or not callable(found):
             return refusal(f"{who} {self._lacks(method)}", "AttributeError")
-        if inspect.isgeneratorfunction(found) or inspect.isasyncgenfunction(found):
-            text = f"{who}: {method!r} is a generator method, and a call has one result: return a list instead"
-            return refusal(text, "TypeError")
+        if (inspect.isgeneratorfunction(found) or inspect.isasyncgenfunction(found)) != stream:
+            text = f"{method!r} is no generator method: call it instead"
+            if not stream:
+                text = f"{method!r} is a generator method, and a call has one result: read it with stream instead"
+            return refusal(f"{who}: {text}", "TypeError")
         return None
 
     def _lacks(self, method: str) -> str:
@@ -292,6 +318,58 @@ class HostedLife:
         near = difflib.get_close_matches(method, public, 3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"it has {', '.join(public) or 'none'}"
         return f"has no method {method!r}: {hint}"
+
+    # Streams
+
+    def _open(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: object | None) -> Reading | Response:
+        """Calls a generator method, which runs nothing of it yet; or the refusal."""
+        arguments = self._arguments(head, body, extra)
+        if isinstance(arguments, bytes):
+            return arguments
+        args, kwargs = arguments
+        try:
+            generator = getattr(self.bird, head.method)(*args, **kwargs)
+        except BaseException as error:  # the arguments do not fit
+            return self._raised(head, error)
+        reading = Reading((head.caller, order), generator, head.chain, head.method, connection)
+        for idle in self._readings.add(reading):
+            self._close_later(idle)
+        return reading
+
+    def _pulled(self, pull: Pull) -> Reading | None:
+        """It is a pull's turn: what it reads, if that is still here."""
+        reading = self._readings.get((pull.caller, pull.order))
+        return reading if self.state is State.RUNNING and self._host.may_run() else None
+
+    def _item(self, reading: Reading, item: object) -> Response:
+        try:
+            body, extra = pack(item, what=f"an item of {self._method_name(reading.method)}", call=False)
+        except TypeError as error:
+            self.withdraw(*reading.call)
+            return refusal(str(error), "TypeError")
+        return (ITEM + body, *extra) if extra else ITEM + body
+
+    def _no_item(self, reading: Reading, error: BaseException) -> Response:
+        """The answer to a pull whose generator has ended."""
+        self._readings.pop(reading.call)
+        if isinstance(error, StopIteration | StopAsyncIteration):
+            return END
+        if isinstance(error, Leave):
+            self._leave(error.reason)
+            return END
+        text = describe(error)
+        if self._crashes or not isinstance(error, ORDINARY):
+            self._crash(text)
+        return self._raised_answer(error, text)
+
+    def close_streams_of(self, connection: object) -> None:
+        """A caller has gone."""
+        for reading in self._readings.of(connection):
+            self.withdraw(*reading.call)
+
+    def _close_later(self, reading: Reading) -> None:
+        """Has a generator closed when it is its turn; returns at once."""
+        raise NotImplementedError
 
     # Messages to oneself
 

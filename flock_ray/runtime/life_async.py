@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from flock_ray.core.connection import Frame
-from flock_ray.core.wire import Call, HatchOrder, decode
+from flock_ray.core.wire import END, Call, HatchOrder, Pull, decode_call
+from flock_ray.runtime.generators import Reading
 from flock_ray.runtime.host import Host
 from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, log, refusal
-from flock_ray.runtime.listener import Caller
+from flock_ray.runtime.listener import Answers, Caller
 from flock_ray.runtime.mailbox import LoopOrder
 from flock_ray.runtime.payload import unpack
 from flock_ray.runtime.timers import Entry
@@ -37,6 +38,7 @@ class AsyncLife(HostedLife):
         self._idle = asyncio.Event()
         self._idle.set()
         self._made = asyncio.Event()  # `__init__` and `take_over` have ended, one way or another
+        self._locks: weakref.WeakKeyDictionary[Reading, asyncio.Lock] = weakref.WeakKeyDictionary()
         self._tasks: set[asyncio.Task[Any]] = set()  # the loop itself keeps only weak references
 
     async def hatch(self) -> None:
@@ -56,41 +58,84 @@ class AsyncLife(HostedLife):
             self._idle.set()
             self._made.set()
 
-    async def call(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
+    async def call(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: object | None = None) -> Response:
         """Begins a method in its caller's order, and answers."""
-        if self.state is not State.RUNNING:
-            return MOVED
-        await self._order.wait(head.caller, head.order)
-        return self._turned_away(head) or await self._run(head, body, extra)
+        refused = self._at_the_door(head, order)
+        if refused is not None:
+            return refused
+        await self._order.wait(head.caller, order)
+        refused = self._turned_away(head, order)
+        if refused is not None:
+            return refused
+        if head.stream:
+            opened = self._open(head, order, body, extra, connection)
+            return await self._next(opened) if isinstance(opened, Reading) else opened
+        return await self._run(head, order, body, extra)
 
-    async def _run(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
+    async def _run(self, head: Call, order: int, body: memoryview, extra: Sequence[Any]) -> Response:
         arguments = self._arguments(head, body, extra)
         if isinstance(arguments, bytes):
             return arguments
         task = asyncio.current_task()
+        key = (head.caller, order)
         try:
-            with self._runs(head.id, task):
+            with self._runs(key, task):
                 result = await self._invoke(head.method, arguments, head.chain)
         except asyncio.CancelledError as error:
-            if task is None or head.id not in self._withdrawn:
+            if task is None or key not in self._withdrawn:
                 return self._raised(head, error)
             task.uncancel()  # it was `withdraw`, not the end of the loop
-            del self._withdrawn[head.id]
+            del self._withdrawn[key]
             return refusal(f"{self._method_name(head.method)} was cancelled by its caller", "CallTimeout")
         except BaseException as error:  # answered, or the life's end
             return self._raised(head, error)
         return self._result(head, result)
+
+    async def pull(self, pull: Pull) -> Response:
+        """The next item of a stream."""
+        reading = self._pulled(pull)
+        return await self._next(reading) if reading is not None else MOVED
+
+    async def _next(self, reading: Reading) -> Response:
+        with self._runs(object(), None):
+            async with self._one_by_one(reading):  # several pulls are under way
+                if not self._readings.get(reading.call):
+                    return END  # the pull before this one was the last
+                try:
+                    with self._inside(reading.chain, is_async=True):
+                        generator = reading.generator
+                        item = await anext(generator) if inspect.isasyncgen(generator) else next(generator)
+                except BaseException as error:  # answered, or the life's end
+                    return self._no_item(reading, error)
+                return self._item(reading, item)
+
+    def _one_by_one(self, reading: Reading) -> asyncio.Lock:
+        return self._locks.setdefault(reading, asyncio.Lock())
+
+    def _close_later(self, reading: Reading) -> None:
+        self._loop.call_soon_threadsafe(lambda: self._spawn(self._close(reading)))
+
+    async def _close(self, reading: Reading) -> None:
+        async with self._one_by_one(reading):
+            try:
+                with self._inside(is_async=True):
+                    if inspect.isasyncgen(reading.generator):
+                        await reading.generator.aclose()
+                    else:
+                        reading.generator.close()
+            except BaseException:
+                log.exception("bird %r: the generator of %s raised while it was closed", self.name, reading.method)
 
     async def _invoke(self, method: str, arguments: Any, chain: tuple[tuple[str, Any], ...]) -> Any:
         args, kwargs = arguments
         with self._inside(chain, is_async=True):
             return await _finished(getattr(self.bird, method)(*args, **kwargs))
 
-    def withdraw(self, call: str) -> None:
-        super().withdraw(call)
-        self._loop.call_soon_threadsafe(self._cancel, call)
+    def withdraw(self, caller: str, order: int) -> None:
+        super().withdraw(caller, order)
+        self._loop.call_soon_threadsafe(self._cancel, (caller, order))
 
-    def _cancel(self, call: str) -> None:
+    def _cancel(self, call: tuple[str, int]) -> None:
         task = self._running.get(call)
         if task is not None:
             task.cancel()
@@ -131,6 +176,8 @@ class AsyncLife(HostedLife):
         await self._idle.wait()
         if self.state is not State.ENDING:
             return  # its last method, or __init__, crashed
+        for reading in self._readings.pop_all():
+            await self._close(reading)
         with self._inside(is_async=True):
             await self._try_hook("on_stop", reason)
             handed = await self._try_hook("hand_over") if self._keeps else None
@@ -160,18 +207,24 @@ class AsyncHost(Host):
         if isinstance(life, AsyncLife):
             self._loop = asyncio.get_running_loop()
             self._room = asyncio.Semaphore(life.interleaved)
-            self._came: deque[tuple[Caller, Frame]] = deque()
+            self._came: deque[tuple[Caller, int, Call | Pull, int, memoryview]] = deque()
             self._posted = False
+            self._inside = 0  # calls that were taken and are not answered yet
             self._answering: set[asyncio.Task[None]] = set()
+            self._answers = Answers()
+            self._answers_posted = False
             self.listen(sys.maxsize, self._call_frame)
             await life.hatch()
 
-    def _call_frame(self, caller: Caller, call: Frame) -> None:
+    def _call_frame(self, caller: Caller, number: int, message: memoryview) -> bytes | None:
         """On the thread that reads: passes it on to the bird's loop. Many that come at once cost one wake-up."""
-        self._came.append((caller, call))
+        if self._inside + len(self._came) >= self.boot.mailbox:
+            return self._full(message)
+        self._came.append((caller, number, *decode_call(message)))
         if not self._posted:
             self._posted = True
             self._loop.call_soon_threadsafe(self._take_calls)
+        return None
 
     def _take_calls(self) -> None:
         self._posted = False
@@ -180,14 +233,32 @@ class AsyncHost(Host):
             self._answering.add(task)
             task.add_done_callback(self._answering.discard)
 
-    async def _answer_frame(self, caller: Caller, call: Frame) -> None:
-        async with self._room:
-            self.answer(caller, call.id, await self.call(call.body, ()))
+    async def _answer_frame(self, caller: Caller, number: int, head: Call | Pull, order: int, body: memoryview) -> None:
+        self._inside += 1
+        try:
+            async with self._room:
+                response = await self._run(head, order, body, (), caller)
+        finally:
+            self._inside -= 1
+        self._answers.add(caller, number, head.caller if not response and isinstance(head, Call) else self.framed(response))
+        if not self._answers_posted:
+            self._answers_posted = True
+            self._loop.call_soon(self._send_answers)
 
-    async def call(self, message: bytes | memoryview, extra: Sequence[Any]) -> Response:
+    def _send_answers(self) -> None:
+        """Answers of one round of the loop go together."""
+        self._answers_posted = False
+        answers, self._answers = self._answers, Answers()
+        self.send_answers(answers)
+
+    async def call(self, message: bytes, extra: Sequence[Any]) -> Response:
         """As `SyncHost.call`, on the bird's event loop."""
-        head, body = decode(message)
+        return await self._run(*decode_call(message), extra, None)
+
+    async def _run(self, head: Call | Pull, order: int, body: memoryview, extra: Sequence[Any], connection: object | None) -> Response:
         life = self.life
-        if not isinstance(life, AsyncLife) or head.dot != life.dot:
+        if not isinstance(life, AsyncLife):
             return MOVED
-        return await life.call(head, body, extra)
+        if isinstance(head, Pull):
+            return await life.pull(head)
+        return await life.call(head, order, body, extra, connection) if head.dot == life.dot else MOVED

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from flock_ray.core.connection import Frame
-from flock_ray.core.wire import Call, HatchOrder, decode
+from flock_ray.core.wire import Call, HatchOrder, Pull, decode_call
+from flock_ray.runtime.generators import Reading
 from flock_ray.runtime.host import Host
 from flock_ray.runtime.inside import Inside, current
 from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, is_async, log
@@ -46,14 +46,21 @@ class SyncLife(HostedLife):
         finally:
             self._turns.leave()
 
-    def call(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
+    def call(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: object | None = None) -> Response:
         """Runs a method when it is its turn, and answers."""
-        if self.state is not State.RUNNING:
-            return MOVED
-        self._order.wait(head.caller, head.order)
+        refused = self._at_the_door(head, order)
+        if refused is not None:
+            return refused
+        self._order.wait(head.caller, order)
         self._turns.enter()
         try:
-            return self._turned_away(head) or self._run(head, body, extra)
+            refused = self._turned_away(head, order)
+            if refused is not None:
+                return refused
+            if head.stream:
+                opened = self._open(head, order, body, extra, connection)
+                return self._next(opened) if isinstance(opened, Reading) else opened
+            return self._run(head, body, extra)
         finally:
             self._turns.leave()
 
@@ -73,11 +80,51 @@ class SyncLife(HostedLife):
             current.reset(token)
         return self._result(head, result)
 
+    def pull(self, pull: Pull) -> Response:
+        """The next item of a stream, when it is its turn."""
+        self._turns.enter()
+        try:
+            reading = self._pulled(pull)
+            return self._next(reading) if reading is not None else MOVED
+        finally:
+            self._turns.leave()
+
+    def _next(self, reading: Reading) -> Response:
+        inside = Inside(self, (*reading.chain, self._link))
+        token = current.set(inside)
+        try:
+            item = next(reading.generator)
+        except BaseException as error:  # answered, or the life's end
+            return self._no_item(reading, error)
+        finally:
+            inside.chain = ()
+            current.reset(token)
+        return self._item(reading, item)
+
+    def _close_later(self, reading: Reading) -> None:
+        self._turns.enter_later(lambda: self._in_pool(self._close_in_turn, reading))
+
+    def _close_in_turn(self, reading: Reading) -> None:
+        try:
+            self._close(reading)
+        finally:
+            self._turns.leave()
+
+    def _close(self, reading: Reading) -> None:
+        try:
+            with self._inside():
+                reading.generator.close()
+        except BaseException:
+            log.exception("bird %r: the generator of %s raised while it was closed", self.name, reading.method)
+
+    def _in_pool(self, work: Callable[..., object], *args: Any) -> None:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._turns.slots, "flock_ray turn")  # never more turns than that are granted
+        self._pool.submit(work, *args)
+
     def _due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
-        if self._pool is None:  # only the scheduler's thread comes here
-            self._pool = ThreadPoolExecutor(self._turns.slots, "flock_ray timer")  # never more turns than that are granted
-        pool = self._pool
-        self._turns.enter_later(lambda: pool.submit(self._run_due, entry, method, body, extra))
+        self._turns.enter_later(lambda: self._in_pool(self._run_due, entry, method, body, extra))
 
     def _run_due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
         try:
@@ -98,6 +145,8 @@ class SyncLife(HostedLife):
         self._turns.enter_all()
         if self.state is not State.ENDING:
             return  # its last method, or __init__, crashed
+        for reading in self._readings.pop_all():
+            self._close(reading)
         with self._inside():
             self._try_hook("on_stop", reason)
             handed = self._try_hook("hand_over") if self._keeps else None
@@ -125,14 +174,22 @@ class SyncHost(Host):
             self.listen(life.slots, self._call_frame)
             life.hatch()
 
-    def _call_frame(self, caller: Caller, call: Frame) -> bytes:
-        del caller
-        return self.framed(self.call(call.body, ()))
+    def _call_frame(self, caller: Caller, number: int, message: memoryview) -> bytes | str:
+        del number
+        head, order, body = decode_call(message)
+        response = self._run(head, order, body, (), caller)
+        if not response and isinstance(head, Call):
+            return head.caller
+        return self.framed(response)
 
-    def call(self, message: bytes | memoryview, extra: Sequence[Any]) -> Response:
-        """Runs a `Call`: an encoded `Answer`, in a tuple with what travels beside it."""
-        head, body = decode(message)
+    def call(self, message: bytes, extra: Sequence[Any]) -> Response:
+        """Runs a `Call` or a `Pull`: an encoded `Answer`, in a tuple with what travels beside it; empty for a cast that was taken."""
+        return self._run(*decode_call(message), extra, None)
+
+    def _run(self, head: Call | Pull, order: int, body: memoryview, extra: Sequence[Any], connection: object | None) -> Response:
         life = self.life
-        if not isinstance(life, SyncLife) or head.dot != life.dot:
+        if not isinstance(life, SyncLife):
             return MOVED
-        return life.call(head, body, extra)
+        if isinstance(head, Pull):
+            return life.pull(head)
+        return life.call(head, order, body, extra, connection) if head.dot == life.dot else MOVED

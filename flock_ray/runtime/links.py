@@ -13,6 +13,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from enum import Enum
 from typing import Any, NamedTuple, Protocol
 
 import ray
@@ -33,6 +34,14 @@ class Raw(NamedTuple):
     extra: Sequence[Any] = ()
 
 
+class Urgency(Enum):
+    """When a message has to leave."""
+
+    NOW = "its answer is waited for"
+    SOON = "nobody waits: it may leave together with what follows"
+    WITH_LOOP = "as `SOON`, and the event loop that sends it will wait for its answer by `Reply.on_done`"
+
+
 class Down(Exception):  # it says what is so, and never reaches a user
     """The receiver has gone away. `ran` is False if the message certainly did not run."""
 
@@ -48,18 +57,38 @@ class NoAnswer(Exception):  # as above
 class Reply(Protocol):
     """The answer to one message, when it is there."""
 
+    @property
+    def done(self) -> bool:
+        """Is it known that `get` would return at once?"""
+        ...
+
     def get(self, timeout: float | None) -> Raw:
         """Waits for it. Raises `Down`, `NoAnswer` when `timeout` seconds have passed, or what kept an argument from coming."""
         ...
 
-    def on_done(self, callback: Callable[[], object]) -> None:
-        """Has `callback` called, in some thread where it must not block, once `get` would return at once."""
+    def on_done(self, callback: Callable[[], object], loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Has `callback` called, in some thread where it must not block, once `get` would return at once.
+
+        Args:
+            loop: runs now, and will wait; where it can, it looks for the answer itself.
+        """
+        ...
+
+    def tell(self, callback: Callable[[], object]) -> None:
+        """Has `callback` called as `on_done`, but only if the answer happens to be read. For casts, of which not all are answered; where
+        all are, it may do nothing.
+        """
+        ...
+
+    def forget(self) -> None:
+        """It is known by a later answer what this one would say."""
         ...
 
 
 class Link(Protocol):
     """The way to one host."""
 
+    path: str  # "unix", "tcp" or "ray"
     used_at: float  # the clock when last something came back
 
     def lost(self) -> bool:
@@ -70,9 +99,27 @@ class Link(Protocol):
         """Counts it as lost: this process has just ended the life at its other end, and has to see that itself (C3)."""
         ...
 
-    def send(self, message: bytes, extra: Sequence[Any]) -> Reply: ...
+    def heard(self, now: float) -> None:
+        """An answer came."""
+        ...
+
+    def look(self) -> None:
+        """Settles the answers that are there."""
+        ...
+
+    def flush(self) -> None:
+        """Lets what may leave later leave now."""
+        ...
+
+    def send(self, message: bytes, extra: Sequence[Any], urgency: Urgency) -> Reply:
+        """Takes a message on its way; never waits."""
+        ...
 
     def control(self, message: bytes) -> Reply: ...
+
+    def fetch(self, parcel: str) -> Reply:
+        """An answer that its host has put aside for Ray to carry."""
+        ...
 
 
 class NestLink(Protocol):
@@ -130,7 +177,7 @@ async def answer_of(reply: Reply, timeout: float | None) -> Raw:
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
             loop.call_soon_threadsafe(_wake, there)
 
-    reply.on_done(done)
+    reply.on_done(done, loop)
     timer = loop.call_later(timeout, _wake, there) if timeout is not None else None
     try:
         await there
@@ -155,6 +202,10 @@ class RayReply:
         self._link = link
         self._future: Future[Any] | None = None
 
+    @property
+    def done(self) -> bool:
+        return self._future is not None and self._future.done()
+
     def get(self, timeout: float | None) -> Raw:
         try:
             answer = self._future.result(timeout) if self._future is not None else ray.get(self._ref, timeout=timeout)
@@ -170,13 +221,22 @@ class RayReply:
             return Raw(answer)
         return Raw(answer[0], answer[1:])
 
-    def on_done(self, callback: Callable[[], object]) -> None:
+    def on_done(self, callback: Callable[[], object], loop: asyncio.AbstractEventLoop | None = None) -> None:
+        del loop
         if self._future is None:
             self._future = self._ref.future()
         self._future.add_done_callback(lambda _: callback())
 
+    def tell(self, callback: Callable[[], object]) -> None:
+        """Ray answers all, and whoever watches the newest learns of those before it."""
+
+    def forget(self) -> None:
+        """Ray drops an answer with its reference."""
+
 
 class _RayLink:
+    path = "ray"
+
     def __init__(self, handle: ActorHandle[Any], name: str) -> None:
         self.handle = handle
         self.name = name
@@ -197,6 +257,15 @@ class _RayLink:
     def retire(self) -> None:
         self._gone = True
 
+    def heard(self, now: float) -> None:
+        self.used_at = now
+
+    def look(self) -> None:
+        """Ray tells by itself."""
+
+    def flush(self) -> None:
+        """Ray sends at once."""
+
     def went_down(self, error: Exception) -> Down:
         text = str(error)
         if isinstance(error, exceptions.ActorUnavailableError):
@@ -214,7 +283,8 @@ class RayLink(_RayLink):
         self._call: Callable[..., ray.ObjectRef[Any]] = handle.call.remote
         self._control: Callable[..., ray.ObjectRef[Any]] = handle.control.remote
 
-    def send(self, message: bytes, extra: Sequence[Any]) -> RayReply:
+    def send(self, message: bytes, extra: Sequence[Any], urgency: Urgency = Urgency.NOW) -> RayReply:
+        del urgency
         return RayReply(self._call(message, *extra), self)
 
     def control(self, message: bytes) -> RayReply:

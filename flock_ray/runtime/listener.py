@@ -4,6 +4,9 @@ Leader and followers (Schmidt et al. 2000): one thread at a time, the leader, re
 hop to another thread costs five times what the rest of a call does (measured). A watchdog sees a method that takes longer than `SLOW`,
 and another thread leads on, so that a slow method holds up no reading. What has been read waits in one mailbox for its turn.
 
+What callers send comes in bursts, and the next call of one who waits comes soon after an answer: the leader looks for it before it sleeps
+(`runtime/spin.py`).
+
 Rules kept here: who does not prove that it holds the flock's secret is not heard (`core/connection.py`), and is cut off after `PATIENCE`; a
 caller that does not read its answers is cut off when they exceed `UNREAD`; what one connection does, no other notices.
 """
@@ -19,10 +22,11 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flock_ray.core.connection import ANSWER, CALL, Connection, Frame, ProtocolError, frame
+from flock_ray.core.connection import ANSWER, CALL, Connection, ProtocolError, frame
+from flock_ray.runtime.spin import Spin
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +58,30 @@ class Caller:
         self.waiting = 0  # bytes in `unsent`
 
 
+class Answers:
+    """Answers that are written together."""
+
+    __slots__ = ("_parts", "_taken")
+
+    def __init__(self) -> None:
+        self._parts: dict[Caller, list[bytes]] = {}
+        self._taken: dict[tuple[Caller, str], int] = {}
+
+    def add(self, caller: Caller, number: int, answer: bytes | str) -> None:
+        """An answer, or the lane of a cast that was taken: the last of those tells of all."""
+        if isinstance(answer, bytes):
+            self._parts.setdefault(caller, []).append(frame(ANSWER, number, answer))
+        else:
+            self._taken[caller, answer] = number
+
+    def frames(self) -> Iterator[tuple[Caller, bytes]]:
+        """What is to be written to each caller."""
+        for (caller, _), number in self._taken.items():
+            self._parts.setdefault(caller, []).append(frame(ANSWER, number, b""))
+        for caller, parts in self._parts.items():
+            yield caller, parts[0] if len(parts) == 1 else b"".join(parts)
+
+
 class Listener:
     """A host's ears.
 
@@ -63,8 +91,12 @@ class Listener:
         ip: of the node, as Ray has it; `None`: no TCP.
         ports: the first and last port to choose from; any if `None`.
         slots: how many methods may run at a time.
-        call: runs a call, which may take long, and returns its answer; or `None`, if that is given to `answer` later.
+        room: how many calls may wait for their turn.
+        call: runs a call, which may take long, and returns its answer; `None`, if that is given to `send` later; or the lane of a cast,
+            which was taken: of a run of these the last is answered, with nothing.
+        full: answers a call for which there is no room; returns at once.
         control: takes an order or a `Withdraw`; returns at once.
+        gone: takes a connection that has ended.
     """
 
     def __init__(
@@ -75,19 +107,24 @@ class Listener:
         ip: str | None,
         ports: tuple[int, int] | None,
         slots: int,
-        call: Callable[[Caller, Frame], bytes | None],
-        control: Callable[[Frame], bytes],
+        room: int,
+        call: Callable[[Caller, int, memoryview], bytes | str | None],
+        full: Callable[[memoryview], bytes],
+        control: Callable[[memoryview], bytes],
+        gone: Callable[[Caller], object] = lambda _: None,
     ) -> None:
         self._secret, self._life = secret, life
-        self._call, self._control = call, control
+        self._call, self._full, self._control, self._gone = call, full, control, gone
+        self._room = room
         self._slots = slots
         self._epoll = select.epoll()
         self._doors: dict[int, socket.socket] = {}
         self._callers: dict[int, Caller] = {}
         self._strangers = 0
-        self._mailbox: deque[tuple[Caller, Frame]] = deque()
+        self._mailbox: deque[tuple[Caller, int, memoryview]] = deque()
+        self._spin = Spin()
         self._lock = threading.Lock()  # guards the four below
-        self._answers: dict[Caller, list[bytes]] = {}  # the leader's, not sent yet
+        self._answers = Answers()  # the leader's, not sent yet
         self._running = 0
         self._followers = 0
         self._leader = 0
@@ -108,10 +145,6 @@ class Listener:
         for door in self._doors.values():
             door.close()
         self._path.unlink(missing_ok=True)
-
-    def answer(self, caller: Caller, number: int, answer: bytes) -> None:
-        """Answers a call for which `call` returned nothing. From any thread."""
-        self._write(caller, frame(ANSWER, number, answer))
 
     # Doors
 
@@ -180,6 +213,7 @@ class Listener:
         with caller.lock:
             caller.socket.close()
             caller.unsent.clear()
+        self._gone(caller)
 
     # The leader
 
@@ -188,7 +222,7 @@ class Listener:
         with self._lock:
             if self._began != began:
                 return
-            answers, self._answers = self._answers, {}
+            answers, self._answers = self._answers, Answers()
             self._leader = 0
             self._began = 0.0
             waits = self._followers > 0
@@ -198,7 +232,7 @@ class Listener:
             self._baton.release()
         else:
             threading.Thread(target=self._work, args=(True,), name="flock_ray reader", daemon=True).start()
-        self._send(answers)  # of quick methods before the slow one
+        self.send(answers)  # of quick methods before the slow one
 
     def _work(self, leads: bool) -> None:
         while True:
@@ -219,7 +253,7 @@ class Listener:
             self._run()  # there may be room for what the leader before had read
             if self._leader != me:
                 return
-        for fileno, mask in self._epoll.poll(PATIENCE):
+        for fileno, mask in self._spin.until(self._look) or self._epoll.poll(PATIENCE):
             if fileno in self._doors:
                 self._accept(self._doors[fileno])
                 continue
@@ -236,6 +270,9 @@ class Listener:
                 return  # a method took long, and another thread reads now
         if self._strangers:
             self._turn_out_the_slow()
+
+    def _look(self) -> list[tuple[int, int]] | None:
+        return self._epoll.poll(0) or None
 
     def _read(self, caller: Caller) -> None:
         try:
@@ -257,14 +294,17 @@ class Listener:
             self._strangers -= 1
         if reply:
             self._write(caller, reply)
-        for each in frames:
-            if each.kind == CALL:
-                self._mailbox.append((caller, each))
-            elif each.kind == ANSWER:
+        for kind, number, body in frames:
+            if kind == CALL:
+                if len(self._mailbox) < self._room:
+                    self._mailbox.append((caller, number, body))
+                else:
+                    self._write(caller, frame(ANSWER, number, self._full(body)))
+            elif kind == ANSWER:
                 self._drop(caller, "a caller sent an answer")
                 return
             else:
-                self._write(caller, frame(ANSWER, each.id, self._control(each)))
+                self._write(caller, frame(ANSWER, number, self._control(body)))
 
     # Methods
 
@@ -277,38 +317,43 @@ class Listener:
         while True:
             with self._lock:
                 if not self._mailbox or self._running >= self._slots:
-                    answers, self._answers = (self._answers, {}) if self._leader == me else ({}, self._answers)
+                    answers = None
+                    if self._leader == me:
+                        answers, self._answers = self._answers, Answers()
                     break
-                caller, call = self._mailbox.popleft()
+                caller, number, body = self._mailbox.popleft()
                 self._running += 1
             now = self._latest = time.monotonic()
             if self._leader == me:
                 self._began = now
             try:
-                answer = self._call(caller, call)
+                answer = self._call(caller, number, body)
             except Exception:
                 logger.exception("a message could not be read; its caller is cut off")
                 self._drop(caller, "its message could not be read")
                 answer = None
-            ready = None if answer is None else frame(ANSWER, call.id, answer)
+            answers = None
             with self._lock:
                 self._running -= 1
                 leads = self._leader == me
                 if leads:
                     self._began = 0.0
-                    if ready is not None:
-                        self._answers.setdefault(caller, []).append(ready)
-                    answers, self._answers = (self._answers, {}) if now > due else ({}, self._answers)
-            if leads and answers:
+                    if answer is not None:
+                        self._answers.add(caller, number, answer)
+                    if now > due:
+                        answers, self._answers = self._answers, Answers()
+            if answers is not None:
                 due = now + TOGETHER
-                self._send(answers)
-            elif not leads and ready is not None:
-                self._write(caller, ready)
-        self._send(answers)
+                self.send(answers)
+            elif not leads and answer is not None:
+                self._write(caller, frame(ANSWER, number, answer if isinstance(answer, bytes) else b""))
+        if answers is not None:
+            self.send(answers)
 
-    def _send(self, answers: dict[Caller, list[bytes]]) -> None:
-        for caller, parts in answers.items():
-            self._write(caller, parts[0] if len(parts) == 1 else b"".join(parts))
+    def send(self, answers: Answers) -> None:
+        """Writes answers to those who asked. From any thread."""
+        for caller, data in answers.frames():
+            self._write(caller, data)
 
     def _watch(self) -> None:
         """The watchdog."""

@@ -1,4 +1,4 @@
-"""A message on its way, which is also the future that users hold; and how an answer becomes a result or an error.
+"""A message on its way, the future of it that users may hold, and how an answer becomes a result or an error.
 
 Rules kept here: whoever wants the result waits for the reply itself, on its own thread; no other thread takes part in a call that goes
 well. Only who is told by a callback (`add_done_callback`, `concurrent.futures.wait`, `aio`) has the courier watch the reply. Results
@@ -10,22 +10,25 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, InvalidStateError
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flock_ray import errors
 from flock_ray.core import wire
 from flock_ray.runtime import payload
-from flock_ray.runtime.links import Down, NoAnswer, Raw, Reply, answer_of
+from flock_ray.runtime.deadlines import SLACK
+from flock_ray.runtime.links import Down, Link, NoAnswer, Raw, Reply
 from flock_ray.specs import Dot, Name
 
 if TYPE_CHECKING:
     from flock_ray.runtime.lanes import Lane
 
-SLACK = 0.5  # seconds the courier may be late with its own, better informed timeout
+
 FOREVER = float("inf")
 
 
@@ -109,17 +112,42 @@ def named_error(error: str, text: str, name: Name, detail: str = "") -> BaseExce
     return made
 
 
-def _set(woken: asyncio.Future[None]) -> None:
-    if not woken.done():
-        woken.set_result(None)
+class Pending:
+    """One message on its way.
 
-
-class Pending(Future[Any]):
-    """One message: the sender's future.
-
-    Its own attributes are guarded by its lane's lock. `reply` is there once it has been sent; `order` is its place there; `fate` is what
-    happened to it there, if that is not an answer: `"moved"`, or the `Down` of its link. Once it has `begun`, its lane has forgotten it.
+    All is guarded by its lane's lock. `reply` is there once it has been sent; `order` is its place there; `fate` is what happened to it
+    there, if that is not an answer: `"moved"`, `"full"`, or the `Down` of its link. Once it has `begun`, its lane has forgotten it.
     """
+
+    __slots__ = (
+        "_teller",
+        "_watched",
+        "begun",
+        "body",
+        "caller",
+        "cast",
+        "chain",
+        "deadline",
+        "detached",
+        "dot",
+        "due_with",
+        "extra",
+        "fate",
+        "finished",
+        "in_chain",
+        "lane",
+        "link",
+        "method",
+        "order",
+        "outcome",
+        "reply",
+        "retry",
+        "stream",
+        "timeout",
+        "to_be_watched",
+        "waited_in",
+        "waits_without_deadline",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -128,49 +156,207 @@ class Pending(Future[Any]):
         method: str,
         body: bytes,
         extra: Sequence[Any],
-        *,
-        chain: tuple[tuple[str, Name], ...] = (),
-        in_chain: bool = False,
-        cast: bool = False,
-        retry: bool = False,
-        deadline: float = FOREVER,
-        timeout: float | Default | None = None,
-        detached: bool = False,
+        chain: tuple[tuple[str, Name], ...],
+        timeout: float | Default | None,
+        retry: bool,
     ) -> None:
-        self.finished = False  # what `done` says, without taking a lock
-        self._who_waits: list[Any] = []
-        super().__init__()
         self.lane = lane
-        self.id = lane.next_id()
         self.dot = dot
         self.method = method
         self.body = body
         self.extra = extra
         self.chain = chain
-        self.in_chain = in_chain
-        self.cast = cast
-        self.retry = retry
-        self.deadline = deadline
         self.timeout = timeout
-        self.detached = detached
+        self.retry = retry
+        self.in_chain = False
+        self.cast = False
+        self.detached = False  # a future's: its sender does not wait
+        self.stream = False
+        self.deadline = FOREVER
         self.begun = False
         self.waited_in: tuple[tuple[str, Name], ...] = ()  # the chain of who waits for a future
         self.reply: Reply | None = None
+        self.link: Link | None = None
+        self.caller = ""
         self.order = -1
         self.fate: str | Down | None = None
+        self.finished = False
+        self.outcome: Opened | BaseException | None = None
         self.waits_without_deadline = False
         self.to_be_watched = False  # once it is sent (again)
-        self._armed = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._opened: Opened | None = None
-        self._value: tuple[Any, BaseException | None] | None = None
+        self._watched = False
+        self._teller: Callable[[], object] | None = None
+        self.due_with: set[Pending] | None = None  # those that expire at the same time
 
     @property
     def again(self) -> bool:
         """May it be sent again, after what happened to it?"""
-        return self.retry or self.fate == "moved" or (isinstance(self.fate, Down) and not self.fate.ran)
+        return self.retry or self.fate in ("moved", "full") or (isinstance(self.fate, Down) and not self.fate.ran)
 
-    # What users call
+    @property
+    def seconds(self) -> str:
+        """Its timeout, for messages."""
+        return f"{self.timeout:g} s" if isinstance(self.timeout, int | float) else "its time"
+
+    # Its end
+
+    def finish(self, outcome: Opened | BaseException) -> None:
+        """The first outcome counts."""
+        with self.lane.lock:
+            if self.finished:
+                return
+            self.outcome, self.finished = outcome, True
+            teller, self._teller = self._teller, None
+        if self.due_with is not None:
+            self.due_with.discard(self)
+        if teller is not None:
+            teller()
+
+    def when_finished(self, teller: Callable[[], object]) -> None:
+        """Has this called, in some thread where it must not block, once there is an outcome. For one teller at a time."""
+        with self.lane.lock:
+            if not self.finished:
+                self._teller = teller
+                return
+        teller()
+
+    def expire(self) -> None:
+        """Its time is over."""
+        if self.finished:
+            return
+        self.lane.abandon(self)
+        name = self.lane.name
+        if self.fate == "full":
+            text = f"the mailbox of bird {name!r} was full for {self.seconds}: {self.method!r} has not run; slow down, or start more birds"
+            self.finish(errors.MailboxFull(text, name))
+            return
+        more = "its method may still run, or run later"
+        if self.reply is None:
+            more = "it was not sent; flock_ray.info(name) says what state the bird is in"
+        self.finish(errors.CallTimeout(f"no answer from {self.method!r} of bird {name!r} within {self.seconds}; {more}", name))
+
+    def value(self) -> Any:
+        """The result, or the error raised; unpickled here."""
+        outcome = self.outcome
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return value_of(outcome or Opened(_PLAIN, b"", ()), self.lane.name, self.method)
+
+    # Waiting on this thread
+
+    def wait(self, until: float) -> bool:
+        """Waits on this thread, until it has an outcome or a time has come."""
+        if self.reply is not None and not self._watched:
+            self._wait_here(until)
+        while not self.finished and time.monotonic() < until:
+            reply = self.lane.reply_or_watch(self)
+            if reply is None or self._watched:
+                self._wait_to_be_told(until)
+            else:
+                self._wait_here(until)
+        if not self.finished and until >= self.deadline:
+            self.expire()
+        return self.finished
+
+    def _wait_here(self, until: float) -> None:
+        reply = self.reply
+        if self.fate is not None or self.finished or reply is None:
+            return
+        try:
+            self.lane.settle(self, reply, open_raw(reply.get(None if until == FOREVER else max(0.0, until - time.monotonic()))))
+        except NoAnswer:
+            return
+        except Exception as error:  # `Down`; or an argument's task failed
+            self.lane.settle(self, reply, error)
+
+    def _wait_to_be_told(self, until: float) -> None:
+        """For what is with the courier."""
+        late = SLACK if until == self.deadline else 0.0  # its own timeout says more
+        gate = threading.Lock()
+        gate.acquire()
+        self.when_finished(gate.release)
+        gate.acquire(timeout=-1 if until == FOREVER else max(0.0, until + late - time.monotonic()))
+
+    # Being watched
+
+    @property
+    def is_watched(self) -> bool:
+        """Does somebody want to be told?"""
+        return self._watched
+
+    def arm(self, teller: Callable[[], object]) -> None:
+        """Has the reply and the deadline watched, and `teller` called at the end."""
+        self.when_finished(teller)
+        if self._watched:
+            return
+        self._watched = True
+        reply = self.lane.reply_or_watch(self)
+        if reply is not None:
+            self.watch(reply)
+        if self.deadline != FOREVER:
+            self.lane.client.courier.post(self.set_timer)
+
+    def watch(self, reply: Reply, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Has it settled when the reply is there."""
+        self._watched = True
+        reply.on_done(partial(self.lane.take, self, reply), loop)
+
+    def set_timer(self) -> None:
+        """Has it expire at its deadline, for those who do not wait themselves. On the courier."""
+        if not self.finished:
+            self.lane.client.deadlines.add(self)
+
+    # Waiting on an event loop
+
+    async def wait_async(self) -> Any:
+        """The result, on any event loop. To cancel it takes the message back."""
+        if not self.finished:
+            try:
+                await self.until_finished()
+            except asyncio.CancelledError:
+                self.take_back()
+                raise
+        return self.value()
+
+    async def until_finished(self) -> None:
+        """Waits for the outcome on any event loop."""
+        loop = asyncio.get_running_loop()
+        woken = loop.create_future()
+        self.when_finished(partial(_wake, loop, threading.get_ident(), woken))
+        reply = self.lane.reply_or_watch(self)
+        if reply is not None:
+            self.watch(reply, loop)
+        self.lane.client.deadlines.add(self)
+        await woken
+
+    def take_back(self) -> None:
+        """Nobody wants the outcome."""
+        self.lane.abandon(self)
+        self.finish(CancelledError())
+
+
+def _wake(loop: asyncio.AbstractEventLoop, thread: int, woken: asyncio.Future[None]) -> None:
+    if threading.get_ident() == thread:
+        _set(woken)
+        return
+    with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+        loop.call_soon_threadsafe(_set, woken)
+
+
+def _set(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)
+
+
+class CallFuture(Future[Any]):
+    """What users hold of a message that was sent by `future`."""
+
+    def __init__(self, message: Pending) -> None:
+        self._who_waits: list[Any] = []
+        super().__init__()
+        self._message = message
+        self._armed = False
+        self._value: tuple[Any, BaseException | None] | None = None
 
     def result(self, timeout: float | None = None) -> Any:
         """The method's result.
@@ -183,27 +369,35 @@ class Pending(Future[Any]):
             Exception: as `flock_ray.call`.
         """
         self._wait(timeout)
-        return self.value()
-
-    @property
-    def seconds(self) -> str:
-        """Its timeout, for messages."""
-        return f"{self.timeout:g} s" if isinstance(self.timeout, int | float) else "its time"
+        value, error = self._outcome()
+        if error is not None:
+            raise error
+        return value
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What `result` would raise, or `None`."""
-        try:
-            self._wait(timeout)
-        except TimeoutError:
-            if not self.finished:
-                raise
-        try:
-            self.value()
-        except CancelledError:
-            raise
-        except BaseException as error:  # it is the answer
-            return error
-        return None
+        self._wait(timeout)
+        error = self._outcome()[1]
+        if isinstance(error, CancelledError):
+            raise error
+        return error
+
+    def _wait(self, timeout: float | None) -> None:
+        message = self._message
+        if message.finished:
+            return
+        message.lane.client.check_waiting(message)
+        if not message.wait(message.deadline if timeout is None else min(message.deadline, time.monotonic() + timeout)):
+            raise TimeoutError(f"no result of {message.method!r} of bird {message.lane.name!r} in the time it was waited for")
+
+    def _outcome(self) -> tuple[Any, BaseException | None]:
+        """Unpickled here and once."""
+        if self._value is None:
+            try:
+                self._value = (self._message.value(), None)
+            except BaseException as error:  # it is the answer
+                self._value = (None, error)
+        return self._value
 
     def cancel(self) -> bool:
         """Takes the message back if its method has not begun; a running `async def` method is cancelled, any other runs to its end.
@@ -211,171 +405,52 @@ class Pending(Future[Any]):
         Returns:
             False if there is a result already. True says that none will come, not that the method has not run.
         """
-        if not super().cancel():
-            return False
-        self.finished = True
-        self.set_running_or_notify_cancel()
-        self.lane.abandon(self)
-        return True
+        if self._message.finished:
+            return super().cancelled()
+        self._message.take_back()
+        self._settle()
+        return super().cancelled()
 
     def done(self) -> bool:
         """Is there a result?"""
-        if not super().done():
-            self.arm()
-        return super().done()  # `finished` comes a moment later
+        if not self._message.finished:
+            self._arm()
+        return self._message.finished
+
+    def cancelled(self) -> bool:
+        """Was it cancelled?"""
+        return isinstance(self._message.outcome, CancelledError)
 
     def add_done_callback(self, fn: Callable[[Future[Any]], object]) -> None:
         """Has `fn(self)` called, in some thread, once there is a result."""
-        super().add_done_callback(lambda future: self.lane.client.courier.run_callback(fn, future))  # an error in it is logged
-        self.arm()
+        courier = self._message.lane.client.courier
+        super().add_done_callback(lambda future: courier.run_callback(fn, future))  # an error in it is logged
+        self._arm()
 
     @property
     def _waiters(self) -> list[Any]:
-        # concurrent.futures.wait and as_completed wait by adding to this list of the base class, and by nothing else
-        if not self.finished:
-            self.arm()
+        # concurrent.futures.wait and as_completed wait by adding to this list of the base class, and by nothing else. What is there
+        # already is told afterwards, when they have added.
+        if not self._armed:
+            self._message.lane.client.courier.post(self._arm)
         return self._who_waits
 
     @_waiters.setter
     def _waiters(self, waiters: list[Any]) -> None:
         self._who_waits = waiters
 
-    # What the lane and the courier call
+    def _arm(self) -> None:
+        """From here on somebody wants to be told."""
+        if not self._armed:
+            self._armed = True
+            self._message.arm(self._settle)
 
-    def answered(self, opened: Opened) -> None:
+    def _settle(self) -> None:
+        """Tells those who wait by the means of the base class."""
         self._armed = True  # else the base class, which looks for waiters now, would have it armed
-        try:
-            self.set_result(opened)
-        except InvalidStateError:  # cancelled or timed out just now
-            return
-        self.finished = True
-
-    def answered_here(self, opened: Opened) -> None:
-        """The same on the only thread that waits: nobody has to be told, which is a tenth of what a call costs here (measured)."""
-        if self._armed or self.detached:
-            self.answered(opened)
-        else:
-            self._opened = opened
-            self.finished = True
-
-    def fail(self, error: BaseException) -> None:
-        self._armed = True
-        try:
-            self.set_exception(error)
-        except InvalidStateError:
-            return
-        self.finished = True
-
-    def expire(self) -> None:
-        """Its time is over."""
-        if self.finished:
-            return
-        self.lane.abandon(self)
-        name, sent = self.lane.name, self.reply is not None
-        more = "its method may still run, or run later" if sent else "it was not sent; flock_ray.info(name) says what state the bird is in"
-        self.fail(errors.CallTimeout(f"no answer from {self.method!r} of bird {name!r} within {self.seconds}; {more}", name))
-
-    def arm(self) -> None:
-        """Has the courier watch the reply and the deadline."""
-        if self._armed:
-            return
-        self._armed = True
-        reply = self.lane.reply_or_watch(self)
-        if reply is not None:
-            self.watch(reply)
-        if self.deadline != FOREVER:
-            self.lane.client.courier.post(self.set_timer)
-
-    def watch(self, reply: Reply) -> None:
-        """Has the courier settle it when the reply is there."""
-        post = self.lane.client.courier.post
-        reply.on_done(lambda: post(self.lane.take, self, reply))
-
-    def value(self) -> Any:
-        """What there is, which must be there; unpickled here and once."""
-        if self._value is None:
-            opened = self._opened or super().result(0)
-            try:
-                self._value = (value_of(opened, self.lane.name, self.method), None)
-            except BaseException as error:  # it is the answer
-                self._value = (None, error)
-        result, error_or_none = self._value
-        if error_or_none is not None:
-            raise error_or_none
-        return result
-
-    async def wait_async(self) -> Any:
-        """The result, on any event loop. To cancel it takes the message back."""
-        try:
-            await self._wait_async()
-        except asyncio.CancelledError:
-            self.cancel()
-            raise
-        return self.value()
-
-    async def _wait_async(self) -> None:
-        reply = self.reply
-        if reply is not None and self.fate is None and not self._armed and not self.finished:
-            try:
-                raw = await answer_of(reply, None if self.deadline == FOREVER else max(0.0, self.deadline - time.monotonic()))
-                self.lane.settle(self, reply, open_raw(raw), here=True)
-            except NoAnswer:
-                self.expire()
-            except Exception as error:  # `Down`; or an argument's task failed
-                self.lane.settle(self, reply, error)
-        if self.finished:
-            return
-        loop = asyncio.get_running_loop()
-        woken = loop.create_future()
-
-        def wake(_: object) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-                loop.call_soon_threadsafe(_set, woken)
-
-        super().add_done_callback(wake)
-        self.arm()
-        await woken
-
-    def set_timer(self) -> None:
-        """Has it expire at its deadline, for those who do not wait themselves. On the courier."""
-        if not self.finished and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(max(0.0, self.deadline - time.monotonic()) + SLACK, self.expire)
-            super().add_done_callback(lambda _: self.lane.client.courier.post(self._timer.cancel) if self._timer else None)
-
-    def _wait(self, timeout: float | None) -> None:
-        until = self.deadline if timeout is None else min(self.deadline, time.monotonic() + timeout)
-        if self.detached and not self.finished:
-            self.lane.client.check_waiting(self)
-        if self.reply is not None and not self._armed:
-            self._wait_here(self.reply, until)
-        while not self.finished:
-            reply = self.lane.reply_or_watch(self)
-            if reply is None or self._armed:
-                self._wait_for_courier(until)
-                return
-            self._wait_here(reply, until)
-
-    def _wait_here(self, reply: Reply, until: float) -> None:
-        """Waits for the reply on this thread. What has no answer then is with the courier."""
-        if self.fate is not None or self.finished:
-            return
-        try:
-            raw = reply.get(None if until == FOREVER else max(0.0, until - time.monotonic()))
-            self.lane.settle(self, reply, open_raw(raw), here=True)
-        except NoAnswer:
-            if until < self.deadline:
-                raise TimeoutError(f"no result of {self.method!r} of bird {self.lane.name!r} in the time it was waited for") from None
-            self.expire()
-        except Exception as error:  # `Down`; or an argument's task failed
-            self.lane.settle(self, reply, error)
-
-    def _wait_for_courier(self, until: float) -> None:
-        late = SLACK if until == self.deadline else 0.0
-        try:
-            super().exception(None if until == FOREVER else max(0.0, until + late - time.monotonic()))
-        except CancelledError:
-            return  # `value` raises it
-        except TimeoutError:
-            if until < self.deadline:
-                raise
-            self.expire()
+        with contextlib.suppress(InvalidStateError):
+            if isinstance(self._message.outcome, CancelledError):
+                super().cancel()
+                self.set_running_or_notify_cancel()
+            else:
+                self.set_result(None)  # `result` unpickles it where it is asked for

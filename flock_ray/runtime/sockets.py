@@ -1,15 +1,19 @@
 """Links to hosts over sockets: straight from the caller's process to the bird's, without Ray (`runtime/listener.py` is the other end).
 
-A process has one connection to a host, and all its threads share it. Who waits for an answer reads the connection himself, and hands what
-is for others to them: no hop for one who is alone. For answers that nobody waits for on a thread (futures, coroutines), a thread of this
-module reads, as long as no one else does.
+A process has one connection to a host, and all its threads and event loops share it. Who waits for an answer reads the connection himself,
+and hands what is for others to them: no hop for one who is alone. An event loop with coroutines that wait reads it too; for answers that
+nobody waits for (futures with callbacks, casts), a thread of this module does, as long as no one else does.
 
-Rules kept here: a message that was not written whole has not run; once it is, only its answer tells (`Down.ran`); what travels beside a
-message, or is too long for a frame, goes by Ray.
+An answer often comes within the time that it takes to put a thread to sleep and wake it again, so a reader looks for it for `spin.SECONDS`
+before it sleeps: half of what a call costs otherwise (measured). In a burst of messages that nobody waits for, they are written together.
+
+Rules kept here: a message that was not written whole has not run; once it is, only its answer tells (`Down.ran`); nothing here waits for a
+peer that does not read; no callback is called, and no answer settled, while a message is being sent.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import select
@@ -18,28 +22,38 @@ import struct
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from flock_ray.core.connection import CALL, CONTROL, Connection, Frame, ProtocolError, frame
-from flock_ray.runtime.links import Down, NoAnswer, Raw
+from flock_ray.core.connection import CONTROL, Connection, ProtocolError, frame
+from flock_ray.runtime.links import Down, NoAnswer, Raw, Urgency
 from flock_ray.runtime.listener import READ, keep_alive
+from flock_ray.runtime.spin import Spin
 
 CONNECT = 2.0  # seconds for a connection and the proofs; then the way is Ray's
 LONG = 1.0  # seconds of one wait in the kernel
+BURST = 0.0002  # seconds: what follows sooner on another message that nobody waits for is written together with what follows on it
+TOGETHER = 1 << 16  # bytes that are written at once, whoever waits
+IDLE = 0.01  # seconds; after a longer rest a look is worth its cost, for TCP takes a message for a peer that has gone
+_NO_WAIT = socket.MSG_DONTWAIT
 
 
 class WireReply:
     """The answer to one frame."""
 
-    __slots__ = ("_callbacks", "_down", "_gate", "_link", "_raw", "done")
+    __slots__ = ("_callback", "_down", "_gate", "_link", "_on_loop", "_raw", "_teller", "done", "number")
 
     def __init__(self, link: SocketLink) -> None:
         self._link = link
         self._raw: Raw | None = None
         self._down: Down | None = None
         self._gate: threading.Lock | None = None
-        self._callbacks: list[Callable[[], object]] | None = None
+        self._callback: Callable[[], object] | None = None
+        self._teller: Callable[[], object] | None = None
+        self._on_loop = False
+        self.number = 0
         self.done = False
 
     def get(self, timeout: float | None) -> Raw:
@@ -51,39 +65,68 @@ class WireReply:
             raise self._down
         raise NoAnswer
 
-    def on_done(self, callback: Callable[[], object]) -> None:
-        with self._link.mutex:
+    def on_done(self, callback: Callable[[], object], loop: asyncio.AbstractEventLoop | None = None) -> None:
+        link = self._link
+        with link.mutex:
             here = self.done
             if not here:
-                if self._callbacks is None:
-                    self._callbacks = []
-                    self._link.watched += 1
-                self._callbacks.append(callback)
+                if self._callback is None:
+                    self._callback = callback
+                    self._on_loop = loop is not None
+                    link.watched += loop is None
+                else:
+                    self._callback = partial(_both, self._callback, callback)
         if here:
             callback()
+        elif loop is not None:
+            link.read_on(loop)
         else:
-            self._link.watch()
+            link.watch()
+
+    def tell(self, callback: Callable[[], object]) -> None:
+        with self._link.mutex:
+            here = self.done
+            self._teller = callback
+        if here:
+            callback()
+
+    def forget(self) -> None:
+        self._link.forget(self.number)
+        if self._callback is not None:
+            self.settle(Raw(b""), None)
 
     # What the link calls
 
     def settle(self, raw: Raw | None, down: Down | None) -> None:
-        with self._link.mutex:
+        link = self._link
+        with link.mutex:
             self._raw, self._down, self.done = raw, down, True
-            callbacks, gate = self._callbacks, self._gate
-            self._callbacks = None
-            if callbacks is not None:
-                self._link.watched -= 1
+            callback, teller, gate = self._callback, self._teller, self._gate
+            self._callback = self._teller = None
+            if callback is not None and not self._on_loop:
+                link.watched -= 1
         if gate is not None:
             with contextlib.suppress(RuntimeError):  # let go already
                 gate.release()
-        for callback in callbacks or ():
+        if teller is not None:
+            teller()
+        if callback is not None:
             callback()
+
+    def is_over(self, down: Down) -> None:
+        """It was not even sent: nobody waits for it yet."""
+        self._down, self.done = down, True
 
     def gate(self) -> threading.Lock:
         """What the thread that waits, and does not read, waits for."""
         self._gate = gate = threading.Lock()
         gate.acquire()
         return gate
+
+
+def _both(first: Callable[[], object], second: Callable[[], object]) -> None:
+    first()
+    second()
 
 
 class SocketLink:
@@ -101,17 +144,27 @@ class SocketLink:
 
     def __init__(self, secret: bytes, life: str, address: str, folder: Path) -> None:
         self.mutex = threading.Lock()  # guards the replies' states, and the next two
-        self.watched = 0  # replies that have callbacks
+        self.watched = 0  # replies that have callbacks, and no event loop that reads
         self._sleepers: dict[WireReply, threading.Lock] = {}
-        self._writing = threading.Lock()
-        self._reading = threading.Lock()
-        self._replies: dict[int, WireReply] = {}  # by id; one is added, or all are taken away, under `_writing`
+        self._writing = threading.Lock()  # guards the next five
+        self._replies: dict[int, WireReply] = {}  # by number
         self._next = 0
+        self._unsent: deque[tuple[int, bytes]] = deque()  # number of the frame, and what of it is not written yet
+        self._unsent_bytes = 0
+        self._wrote_at = 0.0
+        self._reading = threading.Lock()
+        self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()  # that look whether there is something to read
+        self._flush_posted = False
         self._gone = False
         self._connection = Connection(secret, life, os.urandom(32), listens=False)
         self._socket = _connect(address, folder)
         self.local = self._socket.family == socket.AF_UNIX
-        self._used_at = 0.0
+        self.path = "unix" if self.local else "tcp"
+        self.used_at = float("inf") if self.local else 0.0  # on this machine the kernel tells at once of a host's end: no ping is needed
+        self._looked_at = 0.0
+        self._data = bytearray(READ)
+        self._view = memoryview(self._data)
+        self._spin = Spin()
         try:
             self._shake_hands()
         except BaseException:
@@ -133,22 +186,20 @@ class SocketLink:
                 sock.sendall(reply)
         sock.settimeout(None)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(LONG), 0))
-        self._used_at = time.monotonic()
+        self._heard()
+
+    def _heard(self) -> None:
+        if not self.local:
+            self.used_at = self._looked_at = time.monotonic()
 
     # As `links.Link` has it
 
-    @property
-    def used_at(self) -> float:
-        """On this machine the kernel tells at once of a host's end: `lost` looks, and no ping is needed."""
-        return time.monotonic() if self.local else self._used_at
-
-    @used_at.setter
-    def used_at(self, now: float) -> None:
-        self._used_at = now
-
     def lost(self) -> bool:
-        if not self._gone and not self._replies and self._reading.acquire(blocking=False):
+        if self._gone or self.local or self._replies or time.monotonic() - self._looked_at < IDLE:
+            return self._gone
+        if self._reading.acquire(blocking=False):
             try:
+                self._looked_at = time.monotonic()
                 if not self._replies and self._poll.poll(0):
                     self._read(0.0)  # nothing is due: this is the end of the connection
             finally:
@@ -159,27 +210,90 @@ class SocketLink:
     def retire(self) -> None:
         self._gone = True
 
-    def send(self, message: bytes) -> WireReply:
-        return self._send(CALL, message)
+    def heard(self, now: float) -> None:
+        """An answer came; this link has noted it itself."""
 
     def control(self, message: bytes) -> WireReply:
-        return self._send(CONTROL, message)
+        return self.transmit(CONTROL, message)
 
-    def _send(self, kind: int, message: bytes) -> WireReply:
+    def forget(self, number: int) -> None:
+        """This answer does not come, or is not wanted."""
+        self._replies.pop(number, None)
+
+    # Writing
+
+    def transmit(self, kind: int, message: bytes, urgency: Urgency = Urgency.NOW) -> WireReply:
+        """Sends a frame; never waits."""
         reply = WireReply(self)
-        broken = None
         with self._writing:
-            self._next = number = self._next + 1
+            self._next = reply.number = number = self._next + 1
+            if self._gone:
+                reply.is_over(Down("the host's connection is closed", ran=False))
+                return reply
             self._replies[number] = reply
-            try:
-                self._socket.sendall(frame(kind, number, message))
-            except OSError as error:
-                broken = str(error)
-                self._replies.pop(number, None)
-        if broken is not None:
-            reply.settle(None, Down(f"the host's connection broke: {broken}", ran=False))
-            self._broke(broken)
+            unsent = self._unsent
+            data = frame(kind, number, message)
+            if urgency is Urgency.NOW:
+                unsent.append((number, data))
+                self._unsent_bytes += len(data)
+                left = self._write()
+            else:
+                now = time.monotonic()
+                unsent.append((number, data))
+                self._unsent_bytes += len(data)
+                alone = len(unsent) == 1
+                if (alone and now - self._wrote_at > BURST) or self._unsent_bytes > TOGETHER:
+                    left = self._write()
+                else:
+                    left = alone and urgency is Urgency.SOON
+                self._wrote_at = now
+        if left:
+            _reader.arm(self, write=True)
         return reply
+
+    def flush(self) -> None:
+        """Writes what was kept to be written together."""
+        if self._unsent:
+            with self._writing:
+                left = self._write()
+            if left:
+                _reader.arm(self, write=True)
+
+    def _write(self) -> bool:
+        """Writes what the peer takes. True if something is left, or if the connection has broken. Whoever calls it holds `_writing`."""
+        unsent = self._unsent
+        while unsent:
+            number, data = unsent[0]
+            count = 1
+            if len(unsent) > 1:
+                parts, size = [], 0
+                for _, part in unsent:
+                    parts.append(part)
+                    size += len(part)
+                    if size > TOGETHER:
+                        break
+                data, count = b"".join(parts), len(parts)
+            try:
+                sent = self._socket.send(data, _NO_WAIT)
+            except BlockingIOError:
+                return True
+            except OSError:
+                self._gone = True
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)  # whoever reads finds it, and settles all
+                return True
+            self._unsent_bytes -= sent
+            if sent == len(data):
+                for _ in range(count):
+                    unsent.popleft()
+                continue
+            while sent:
+                number, data = unsent.popleft()
+                if sent < len(data):
+                    unsent.appendleft((number, data[sent:]))
+                    return True
+                sent -= len(data)
+        return False
 
     # Reading
 
@@ -187,6 +301,7 @@ class SocketLink:
         """Returns when the answer is there, or the time is over."""
         if timeout is not None and timeout <= 0:
             return
+        self.flush()
         until = None if timeout is None else time.monotonic() + timeout
         left = LONG if timeout is None else min(timeout, LONG)
         try:
@@ -201,7 +316,7 @@ class SocketLink:
                 if until is not None:
                     left = min(until - time.monotonic(), LONG)
         finally:  # also of an interrupt: the others must not wait for one who has gone
-            if not self._reading.locked():
+            if (self._sleepers or self.watched) and not self._reading.locked():
                 self._hand_on()
 
     def _sleep(self, reply: WireReply, seconds: float) -> None:
@@ -231,10 +346,10 @@ class SocketLink:
     def watch(self) -> None:
         """An answer is watched that perhaps no thread waits for."""
         if not self._reading.locked():
-            _reader.arm(self)
+            _reader.arm(self, write=bool(self._unsent))
 
-    def read_for_watched(self) -> None:
-        """On the reader's thread: there is something to read."""
+    def look(self) -> None:
+        """Takes what is there, and waits for nothing."""
         if self._reading.acquire(blocking=False):
             try:
                 self._read(0.0)
@@ -242,50 +357,89 @@ class SocketLink:
                 self._reading.release()
                 self._hand_on()
 
+    def read_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        """A coroutine of this loop, which runs now, waits for an answer: the loop reads, and writes what is to be written together."""
+        if loop not in self._loops:
+            self._loops.add(loop)
+            loop.add_reader(self.fileno, self._look_on, loop)
+        if self._unsent and not self._flush_posted:
+            self._flush_posted = True
+            loop.call_soon(self._flush_on_loop)
+
+    def _flush_on_loop(self) -> None:
+        self._flush_posted = False
+        self.flush()
+
+    def _look_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.look()
+        if self._gone or not self._replies:  # it costs this loop a wake-up for each answer that a thread waits for
+            self._leave(loop)
+
+    def _leave(self, loop: asyncio.AbstractEventLoop) -> None:
+        if loop in self._loops:
+            self._loops.discard(loop)
+            loop.remove_reader(self.fileno)
+
     def _read(self, seconds: float) -> None:
         """Reads once, and settles what was answered. Whoever calls it holds `_reading`."""
         if self._gone and not self._replies:
             return
         try:
-            data = self._recv(seconds)
+            size = self._recv(seconds)
         except OSError as error:
             self._broke(str(error))
             return
-        if data is None:
+        if size is None:
             return
-        if not data:
+        if not size:
             self._broke("it was closed")
             return
-        self._used_at = time.monotonic()
+        self._heard()
         try:
-            frames, _ = self._connection.receive(data)
+            frames, _ = self._connection.receive(self._view[:size])
         except ProtocolError as error:
             self._broke(str(error))
             return
-        for each in frames:
-            self._take(each)
+        replies = self._replies
+        for _, number, body in frames:
+            reply = replies.pop(number, None)
+            if reply is not None:
+                reply.settle(Raw(bytes(body)), None)
 
-    def _recv(self, seconds: float) -> bytes | None:
-        if seconds < LONG and not self._poll.poll(max(seconds, 0.0) * 1000):
-            return None
+    def _recv(self, seconds: float) -> int | None:
+        """How many bytes have come; `None` if none did in the time."""
+        if seconds > 0:
+            size = self._spin.until(self._recv_now)
+            if size is not None:
+                return size
+            if seconds < LONG and not self._poll.poll(seconds * 1000):
+                return None
+            try:
+                return self._socket.recv_into(self._data)  # the kernel ends a longer wait: to poll before each read costs 8 us (measured)
+            except BlockingIOError:
+                return None
+        return self._recv_now()
+
+    def _recv_now(self) -> int | None:
         try:
-            return self._socket.recv(READ)  # the kernel ends a longer wait: to poll before each read costs 8 us (measured)
+            return self._socket.recv_into(self._data, 0, _NO_WAIT)
         except BlockingIOError:
             return None
-
-    def _take(self, answer: Frame) -> None:
-        reply = self._replies.pop(answer.id, None)
-        if reply is not None:
-            reply.settle(Raw(bytes(answer.body)), None)
 
     def _broke(self, why: str) -> None:
         self._gone = True
         with self._writing:
             replies, self._replies = self._replies, {}
+            unsent = {number for number, _ in self._unsent}
+            self._unsent.clear()
+            self._unsent_bytes = 0
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
-        for reply in replies.values():
-            reply.settle(None, Down(f"the host's connection broke: {why}", ran=True))
+        for loop in tuple(self._loops):
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(self._leave, loop)
+        for number, reply in replies.items():
+            reply.settle(None, Down(f"the host's connection broke: {why}", ran=number not in unsent))
 
     @property
     def fileno(self) -> int:
@@ -293,7 +447,7 @@ class SocketLink:
 
 
 class Reader:
-    """The thread that reads for those who do not wait. It starts with the first of them.
+    """The thread that reads and writes for those who do not wait. It starts with the first of them.
 
     It keeps no link alive: one that nobody has any more is closed, and the kernel takes it out of the epoll.
     """
@@ -303,14 +457,14 @@ class Reader:
         self._epoll: select.epoll | None = None
         self._links: weakref.WeakValueDictionary[int, SocketLink] = weakref.WeakValueDictionary()
 
-    def arm(self, link: SocketLink) -> None:
-        """Has the link read once, as soon as there is something to read."""
+    def arm(self, link: SocketLink, *, write: bool = False) -> None:
+        """Has the link read once, as soon as there is something to read, or written to, as soon as its peer takes something."""
         with self._lock:
             if self._epoll is None:
                 self._epoll = select.epoll()
                 threading.Thread(target=self._run, args=(self._epoll,), name="flock_ray reader", daemon=True).start()
             self._links[link.fileno] = link
-            flags = select.EPOLLIN | select.EPOLLONESHOT
+            flags = select.EPOLLIN | select.EPOLLONESHOT | (select.EPOLLOUT if write else 0)
             try:
                 self._epoll.modify(link.fileno, flags)
             except FileNotFoundError:
@@ -318,10 +472,12 @@ class Reader:
 
     def _run(self, epoll: select.epoll) -> None:
         while True:
-            for fileno, _ in epoll.poll():
+            for fileno, mask in epoll.poll():
                 link = self._links.get(fileno)
                 if link is not None:
-                    link.read_for_watched()
+                    link.flush()
+                    if mask & ~select.EPOLLOUT or link.watched:
+                        link.look()
                 del link  # not kept until the next has something to read
 
 

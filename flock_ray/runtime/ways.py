@@ -6,18 +6,19 @@ arguments and as results. The host keeps each caller's order whatever way its me
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from flock_ray.core import wire
-from flock_ray.core.connection import LONGEST, ProtocolError
+from flock_ray.core.connection import CALL, LONGEST, ProtocolError
 from flock_ray.runtime import cluster
 from flock_ray.runtime.courier import Courier
-from flock_ray.runtime.links import Down, Link, NoAnswer, Raw, RayLink, RayLinks, RayReply, Reply
-from flock_ray.runtime.sockets import SocketLink, WireReply
+from flock_ray.runtime.links import Link, NoAnswer, Raw, RayLink, RayLinks, RayReply, Reply, Urgency
+from flock_ray.runtime.sockets import SocketLink
 from flock_ray.specs import Route
 
 AGAIN = 30.0  # seconds until a node that no socket reached is tried again
@@ -29,6 +30,10 @@ class LaterReply:
     def __init__(self, asked: Future[Reply]) -> None:
         self._asked = asked
 
+    @property
+    def done(self) -> bool:
+        return self._asked.done() and (self._asked.exception() is not None or self._asked.result().done)
+
     def get(self, timeout: float | None) -> Raw:
         until = None if timeout is None else time.monotonic() + timeout
         try:
@@ -37,7 +42,9 @@ class LaterReply:
             raise NoAnswer from error
         return reply.get(None if until is None else max(0.0, until - time.monotonic()))
 
-    def on_done(self, callback: Callable[[], object]) -> None:
+    def on_done(self, callback: Callable[[], object], loop: asyncio.AbstractEventLoop | None = None) -> None:
+        del loop
+
         def asked(future: Future[Reply]) -> None:
             if future.exception() is None:
                 future.result().on_done(callback)
@@ -46,63 +53,23 @@ class LaterReply:
 
         self._asked.add_done_callback(asked)
 
+    def tell(self, callback: Callable[[], object]) -> None:
+        """As Ray's."""
 
-class FetchedReply:
-    """An answer that came through a socket, or is fetched by Ray if the socket brought no more than its number."""
-
-    __slots__ = ("_fetched", "_lock", "_reply", "_way")
-
-    def __init__(self, reply: WireReply, way: DirectLink) -> None:
-        self._reply = reply
-        self._way = way
-        self._lock = Lock()
-        self._fetched: Reply | None = None
-
-    def get(self, timeout: float | None) -> Raw:
-        until = None if timeout is None else time.monotonic() + timeout
-        raw = self._reply.get(timeout)
-        fetched = self._fetch(raw)
-        if fetched is None:
-            return raw
-        return fetched.get(None if until is None else max(0.0, until - time.monotonic()))
-
-    def on_done(self, callback: Callable[[], object]) -> None:
-        def here() -> None:
-            try:
-                fetched = self._fetch(self._reply.get(0))
-            except Down:
-                fetched = None
-            if fetched is None:
-                callback()
-            else:
-                fetched.on_done(callback)
-
-        self._reply.on_done(here)
-
-    def _fetch(self, raw: Raw) -> Reply | None:
-        if not raw.message or raw.message.startswith(wire.RESULT):
-            return None
-        answer = wire.decode(raw.message)[0]
-        if answer.kind != "parcel":
-            return None
-        with self._lock:
-            if self._fetched is None:
-                self._fetched = self._way.by_ray(lambda link: link.fetch(answer.text))
-            return self._fetched
+    def forget(self) -> None:
+        """It goes with the reply that it waits for."""
 
 
-class DirectLink:
+class DirectLink(SocketLink):
     """The way to a host over a socket, and over Ray what a socket should not carry.
 
     Args:
         ray_link: finds the host's actor; may block, and raise `Down`.
+        others: as `SocketLink`.
     """
 
-    def __init__(self, link: SocketLink, courier: Courier, ray_link: Callable[[], RayLink]) -> None:
-        self.lost = link.lost
-        self.retire = link.retire
-        self.control = link.control
-        self.link = link
+    def __init__(self, secret: bytes, life: str, address: str, folder: Path, courier: Courier, ray_link: Callable[[], RayLink]) -> None:
+        super().__init__(secret, life, address, folder)
         self._courier = courier
         self._find_ray_link = ray_link
         self._lock = Lock()
@@ -110,21 +77,14 @@ class DirectLink:
         self._waiting: list[tuple[Callable[[RayLink], RayReply], Future[Reply]]] = []
         self._under_way = 0  # messages that Ray carries now
 
-    @property
-    def used_at(self) -> float:
-        return self.link.used_at
-
-    @used_at.setter
-    def used_at(self, now: float) -> None:
-        self.link.used_at = now
-
-    def send(self, message: bytes, extra: Sequence[Any]) -> Reply:
+    def send(self, message: bytes, extra: Sequence[Any] = (), urgency: Urgency = Urgency.NOW) -> Reply:
         if not extra and len(message) <= LONGEST and not self._under_way:
-            return FetchedReply(self.link.send(message), self)
+            return self.transmit(CALL, message, urgency)
         # What follows on a message by Ray goes that way too until that is answered: it would overtake it on the socket.
+        self.flush()
         with self._lock:
             self._under_way += 1
-        reply = self.by_ray(lambda link: link.send(message, extra))
+        reply = self._by_ray(lambda link: link.send(message, extra))
         reply.on_done(self._one_done)
         return reply
 
@@ -132,7 +92,10 @@ class DirectLink:
         with self._lock:
             self._under_way -= 1
 
-    def by_ray(self, ask: Callable[[RayLink], RayReply]) -> Reply:
+    def fetch(self, parcel: str) -> Reply:
+        return self._by_ray(lambda link: link.fetch(parcel))
+
+    def _by_ray(self, ask: Callable[[RayLink], RayReply]) -> Reply:
         """Asks the host's actor, in order; to find it may take long where the head cannot be reached, so that is done elsewhere."""
         with self._lock:
             if self._ray_link is not None:
@@ -186,13 +149,13 @@ class Ways(RayLinks):
         if not route.address or record is None or cluster.is_ray_client() or self._unreached.get(route.node, 0.0) > time.monotonic():
             return None
         try:
-            link = SocketLink(record.secret, record.life, route.address, cluster.folder_of(self.flock, route.node))
+            folder = cluster.folder_of(self.flock, route.node)
+            return DirectLink(record.secret, record.life, route.address, folder, self._courier, lambda: self.ray_host(route))
         except ConnectionRefusedError:
             return None  # the host is gone, or a firewall says no: Ray knows
         except (OSError, ProtocolError):
             self._unreached[route.node] = time.monotonic() + AGAIN
             return None
-        return DirectLink(link, self._courier, lambda: self.ray_host(route))
 
     def forget_hosts(self) -> None:
         super().forget_hosts()

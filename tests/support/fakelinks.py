@@ -24,6 +24,10 @@ class FakeReply:
         self._callbacks: list[Callable[[], object]] = []
         self.outcome: Raw | Exception | None = None
 
+    @property
+    def done(self) -> bool:
+        return self._there.is_set()
+
     def set(self, outcome: Raw | Exception) -> None:
         with self._lock:
             self.outcome = outcome
@@ -40,7 +44,11 @@ class FakeReply:
         assert self.outcome is not None
         return self.outcome
 
-    def on_done(self, callback: Callable[[], object]) -> None:
+    def forget(self) -> None: ...
+
+    def tell(self, callback: Callable[[], object]) -> None: ...
+
+    def on_done(self, callback: Callable[[], object], loop: object = None) -> None:
         with self._lock:
             if self.outcome is None:
                 self._callbacks.append(callback)
@@ -52,10 +60,15 @@ class Message:
     """A call that reached a host."""
 
     def __init__(self, data: bytes, extra: Sequence[Any]) -> None:
-        self.head, body = wire.decode(data)
+        self.head, self.order, body = wire.decode_call(data)
         self.args, self.kwargs = pickle.loads(body)
         self.extra = extra
         self.reply = FakeReply()
+
+    @property
+    def withdrawn(self) -> wire.Withdraw:
+        """What takes it back."""
+        return wire.Withdraw(self.head.caller, self.order)
 
     def result(self, value: Any) -> None:
         self.reply.set(Raw(wire.encode(wire.Answer("result"), pickle.dumps(value))))
@@ -80,6 +93,8 @@ class FakeHost:
         self.holds = False
         self.gone = False
         self.moved = False
+        self.full = False
+        self.parcels: dict[str, FakeReply] = {}
         self.deaf = False  # answers no ping
         self.used_at = clock()
         self.got: list[Message] = []
@@ -95,13 +110,25 @@ class FakeHost:
     def retire(self) -> None:
         self.gone = True
 
-    def send(self, data: bytes, extra: Sequence[Any]) -> FakeReply:
+    def heard(self, now: float) -> None:
+        self.used_at = max(now, self.used_at)
+
+    def look(self) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def fetch(self, parcel: str) -> FakeReply:
+        return self.parcels[parcel]
+
+    def send(self, data: bytes, extra: Sequence[Any], urgency: object = None) -> FakeReply:
         message = Message(data, extra)
         self.got.append(message)
         if self.gone:
             message.down()
         elif self.moved:
             message.moved()
+        elif self.full:
+            message.answer(wire.Answer("full"))
         elif not self.holds:
             message.result(message.args[0] if message.args else None)
         return message.reply

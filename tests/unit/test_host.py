@@ -117,11 +117,11 @@ class Bench:
         await self.host.accept(pickle.dumps(self.order(cls, *args, **kwargs)), AsyncLife).hatch()
         return self
 
-    def message(self, method, *args, caller="me", call_id=None, cast=False, order=None, **kwargs):
+    def message(self, method, *args, caller="me", cast=False, order=None, stream=False, **kwargs):
         if order is None:
             order = self.counts[caller] = self.counts.get(caller, -1) + 1
         body, extra = pack((args, kwargs), what="arguments")
-        return Call(call_id or f"{caller}:{order}", caller, order, DOT, method, (), cast), memoryview(body), extra
+        return Call(caller, DOT, method, (), cast, stream), order, memoryview(body), extra
 
     def call(self, method, *args, **kwargs):
         return read(self.host.life.call(*self.message(method, *args, **kwargs)))
@@ -337,7 +337,7 @@ def test_the_remote_traceback_travels_with_the_exception(bench):
         ("_private", "AttributeError", "private"),
         ("n", "AttributeError", "no method"),
         ("seen", "AttributeError", "no method"),
-        ("numbers", "TypeError", "return a list"),
+        ("numbers", "TypeError", "with stream instead"),
         ("lock", "TypeError", "'tweety'.lock"),
         ("strange", "RemoteError", "StrangeError: a"),
         ("quit", "RemoteError", "SystemExit: 3"),
@@ -352,8 +352,8 @@ def test_what_cannot_be_called_or_answered_is_refused_with_a_reason(bench, metho
 
 def test_arguments_that_cannot_be_unpickled_are_refused(bench):
     bench.hatch(Counter)
-    head, _, _ = bench.message("add")
-    kind, answer = read(bench.host.life.call(head, memoryview(b"no pickle"), ()))
+    head, order, _, _ = bench.message("add")
+    kind, answer = read(bench.host.life.call(head, order, memoryview(b"no pickle"), ()))
     assert (kind, answer.error) == ("refused", "RemoteError")
     assert "arguments of 'tweety'.add" in answer.text
     assert bench.call("add") == ("result", 1)
@@ -411,8 +411,8 @@ def test_a_withdrawn_call_is_not_run_when_its_turn_comes(bench):
     bench.hatch(Counter)
     first, _ = bench.begin("wait", "begun", "go")
     assert GATES["begun"].wait(5)
-    second, answers = bench.begin("add", call_id="late", caller="other")
-    bench.control(Withdraw("late"))
+    second, answers = bench.begin("add", caller="other")
+    bench.control(Withdraw("other", 0))
     GATES["go"].set()
     second.join(5)
     assert answers[0][1].error == "CallTimeout"
@@ -424,9 +424,9 @@ def test_a_withdrawn_call_is_not_run_when_its_turn_comes(bench):
 
 def test_a_bird_knows_who_it_is_and_who_waits_for_it(bench):
     bench.hatch(Counter)
-    head, body, extra = bench.message("me")
-    chained = Call(head.id, head.caller, head.order, DOT, "me", (("default", "asker"),))
-    kind, (me, flock, chain, in_async) = read(bench.host.life.call(chained, body, extra))
+    head, order, body, extra = bench.message("me")
+    chained = Call(head.caller, DOT, "me", (("default", "asker"),))
+    kind, (me, flock, chain, in_async) = read(bench.host.life.call(chained, order, body, extra))
     assert me == inside.Me("tweety", "node", 1) and flock == "default"
     assert chain == (("default", "asker"), ("default", "tweety")) and not in_async
 
@@ -791,9 +791,9 @@ def test_a_missing_message_is_waited_for_only_so_long():
 def test_withdrawing_a_running_async_call_cancels_it(bench):
     async def main():
         await bench.hatch_async(Swift)
-        running = asyncio.create_task(bench.acall("sleep", call_id="it"))
+        running = asyncio.create_task(bench.acall("sleep", caller="it"))
         await soon(lambda: bench.host.life._running, "it runs")
-        bench.control(Withdraw("it"))
+        bench.control(Withdraw("it", 0))
         kind, answer = await asyncio.wait_for(running, 5)
         assert (kind, answer.error) == ("refused", "CallTimeout")
         assert bench.host.life.bird.lines == ["cancelled"] and bench.host.life.state.value == "running"

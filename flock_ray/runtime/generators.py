@@ -1,0 +1,77 @@
+"""Generators that callers read: what a life keeps of each.
+
+A caller pulls: the call that opens a stream, and each `Pull` after it, is answered with one item. So a stream needs no more than calls do,
+goes whatever way they go, and an item leaves as soon as it is there; the pulls that a caller has under way are its credit.
+
+Rules kept here: a generator advances in the bird's turn, and between items other methods run; an item is pickled when it is yielded, for
+the generator may change it afterwards; a stream whose caller has gone is closed, at the latest after `IDLE` without a pull.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+IDLE = 600.0  # seconds without a pull after which a stream that came by Ray is given up: Ray does not tell of a caller's end
+
+
+class Reading:
+    """A generator that is being read.
+
+    Args:
+        call: that opened it: its caller, and its place in that caller's order.
+        generator: of the bird's, sync or async.
+        chain: of that call, for calls that the generator makes.
+        method: its name.
+        connection: over which it was opened; `None`: by Ray.
+    """
+
+    def __init__(
+        self, call: tuple[str, int], generator: Any, chain: tuple[tuple[str, Any], ...], method: str, connection: object | None
+    ) -> None:
+        self.call = call
+        self.generator = generator
+        self.chain = chain
+        self.method = method
+        self.connection = connection
+        self.pulled_at = time.monotonic()
+
+
+class Readings:
+    """The generators of a life that are being read. All methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: dict[tuple[str, int], Reading] = {}
+
+    def add(self, reading: Reading) -> list[Reading]:
+        """Keeps a new one. Returns those to be closed, because nobody has pulled for long."""
+        now = time.monotonic()
+        with self._lock:
+            idle = [one for one in self._open.values() if one.connection is None and now - one.pulled_at > IDLE]
+            for one in idle:
+                del self._open[one.call]
+            self._open[reading.call] = reading
+        return idle
+
+    def get(self, call: tuple[str, int]) -> Reading | None:
+        reading = self._open.get(call)
+        if reading is not None:
+            reading.pulled_at = time.monotonic()
+        return reading
+
+    def pop(self, call: tuple[str, int]) -> Reading | None:
+        with self._lock:
+            return self._open.pop(call, None)
+
+    def pop_all(self) -> list[Reading]:
+        with self._lock:
+            readings = list(self._open.values())
+            self._open.clear()
+        return readings
+
+    def of(self, connection: object) -> list[Reading]:
+        """Those opened over a connection."""
+        with self._lock:
+            return [one for one in self._open.values() if one.connection is connection]

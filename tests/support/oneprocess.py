@@ -1,0 +1,157 @@
+"""A real host and a real client in one process, with a real socket between them, or with actor calls as Ray makes them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+from flock_ray.core.wire import HatchOrder, HostReport, Welcome
+from flock_ray.runtime.client import Client
+from flock_ray.runtime.courier import Courier
+from flock_ray.runtime.host import HostBoot
+from flock_ray.runtime.life_async import AsyncHost
+from flock_ray.runtime.life_sync import SyncHost
+from flock_ray.runtime.links import Down, NoAnswer, Raw, RayLink
+from flock_ray.runtime.ways import DirectLink
+from flock_ray.specs import Dot, Life, Options, Route, Spec, Stamp
+from tests.support.fakelinks import World
+
+SECRET, LIFE = b"s" * 32, "0123456789ab"
+DOT = Dot(Life("node", 1), 1)
+COURIER = Courier()
+
+
+class Nest:
+    """Hears what the host says."""
+
+    def __init__(self) -> None:
+        self.words: list[Any] = []
+
+    def say(self, word: bytes, timeout: float) -> bytes | None:
+        self.words.append(pickle.loads(word))
+        return pickle.dumps(Welcome(Life("node", 1))) if isinstance(self.words[-1], HostReport) else None
+
+    def pid(self, timeout: float) -> int:
+        return os.getpid()
+
+
+class ActorReply:
+    """The answer of an actor call."""
+
+    def __init__(self, future: Future[Any]) -> None:
+        self._future = future
+
+    @property
+    def done(self) -> bool:
+        return self._future.done()
+
+    def get(self, timeout: float | None) -> Raw:
+        try:
+            answer = self._future.result(timeout)
+        except TimeoutError as error:
+            raise NoAnswer from error
+        return Raw(answer) if isinstance(answer, bytes) else Raw(answer[0], answer[1:])
+
+    def on_done(self, callback: Callable[[], object], loop: object = None) -> None:
+        self._future.add_done_callback(lambda _: callback())
+
+    def forget(self) -> None: ...
+
+    def tell(self, callback: Callable[[], object]) -> None: ...
+
+
+class ActorLink(RayLink):
+    """The host as Ray would call it: each message in a thread of the actor's."""
+
+    def __init__(self, host: Any, loop: asyncio.AbstractEventLoop | None) -> None:
+        self._host, self._loop = host, loop
+        self._pool = ThreadPoolExecutor(8)
+        self.used_at = float("inf")
+        self._gone = False
+
+    def lost(self) -> bool:
+        return self._gone
+
+    def send(self, message: bytes, extra: Sequence[Any], urgency: object = None) -> Any:
+        if self._loop is None:
+            return ActorReply(self._pool.submit(self._host.call, message, extra))
+        return ActorReply(asyncio.run_coroutine_threadsafe(self._host.call(message, extra), self._loop))
+
+    def control(self, message: bytes) -> Any:
+        return ActorReply(self._pool.submit(self._host.control, message))
+
+    def fetch(self, parcel: str) -> Any:
+        return ActorReply(self._pool.submit(self._host.fetch, parcel))
+
+
+class Pair:
+    """A bird named "a" of a class, and `client`, which calls it.
+
+    Args:
+        wire: "unix", "tcp", or "ray".
+    """
+
+    def __init__(self, folder: Path, wire: str, cls: type, *, is_async: bool = False, mailbox: int = 100_000, **config: Any) -> None:
+        self.nest = Nest()
+        self.codes: list[int] = []
+        boot = HostBoot(
+            "async:h" if is_async else "h", "default", LIFE, 1e6, str(folder), "01", (), os.getpid(), Life("node", 1), mailbox, SECRET
+        )
+        spec = Spec("m", "C", "digest", pickle.dumps(((), {})), Options(), None, Stamp(0, 0), "r")
+        order = pickle.dumps(HatchOrder("default", "a", DOT, 1, spec, cloudpickle.dumps(cls), 0, 0, None, False))
+        self.loop: asyncio.AbstractEventLoop | None = None
+        kind = AsyncHost if is_async else SyncHost
+        self.host: Any = kind(boot, self.nest, "node", None, self.codes.append)
+        if is_async:
+            self.loop = asyncio.new_event_loop()
+            threading.Thread(target=self.loop.run_forever, daemon=True).start()
+            asyncio.run_coroutine_threadsafe(self.host.hatch(order), self.loop).result(10)
+        else:
+            self.host.hatch(order)
+        self.actor = ActorLink(self.host, self.loop)
+        self.world = World(**config)
+        self.client = Client("default", self.world, COURIER)
+        COURIER.run(self.client.asks.config())
+        self.route = Route("a", DOT, 1, "node", boot.host, self.host.address)
+        where = folder if wire == "unix" else folder / "nowhere"
+        self.link: Any = self.actor if wire == "ray" else DirectLink(SECRET, LIFE, self.host.address, where, COURIER, lambda: self.actor)
+        self.client.learn(self.route, self.link)
+
+    def call(self, method: str, *args: Any, timeout: float | None = 10.0) -> Any:
+        return self.client.call("a", None, method, args, {}, timeout, False)
+
+    async def aio(self, method: str, *args: Any, timeout: float | None = 10.0) -> Any:
+        return await self.client.aio("a", None, method, args, {}, timeout, False)
+
+    def future(self, method: str, *args: Any, timeout: float | None = 10.0) -> Any:
+        return self.client.future("a", None, method, args, {}, timeout, False)
+
+    def cast(self, method: str, *args: Any) -> None:
+        self.client.cast("a", None, method, args, {})
+
+    def stream(self, method: str, *args: Any, timeout: float | None = 10.0) -> Any:
+        return self.client.stream("a", None, method, args, {}, timeout, False)
+
+    def break_connections(self) -> None:
+        """As the end of the host's process does."""
+        listener = self.host._listener
+        for caller in list(listener._callers.values()):
+            listener._drop(caller)
+        self.actor._gone = True
+
+    def close(self) -> None:
+        if self.host._listener is not None:
+            self.host._listener.close()
+        if self.loop is not None:
+            self.loop.call_soon_threadsafe(self.loop.stop)
+
+
+__all__ = ["DOT", "Down", "Pair"]

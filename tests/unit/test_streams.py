@@ -1,0 +1,567 @@
+"""Streams, back-pressure and order between a real client and a real host in one process: over a socket, and as over Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from flock_ray import errors
+from flock_ray.core import wire
+from flock_ray.runtime import inside
+from tests.support.oneprocess import DOT, Pair
+
+
+def until(true, what, seconds=5.0):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.005)  # between looks
+
+
+class Oops(Exception):
+    """What birds raise."""
+
+
+LOG: list = []
+GO = threading.Event()
+
+
+class Source:
+    """A bird with generator methods."""
+
+    def __init__(self):
+        self.made = 0
+        self.got = []
+
+    def count(self, n, pause=0.0):
+        LOG.append("begun")
+        try:
+            for i in range(n):
+                self.made += 1
+                yield i
+                if pause:
+                    time.sleep(pause)
+        finally:
+            LOG.append("closed")
+
+    def grow(self):
+        kept = []
+        for i in range(3):
+            kept.append(i)
+            yield kept
+
+    def fails(self, n):
+        yield from range(n)
+        raise Oops("no more")
+
+    def strange(self):
+        yield 1
+        yield threading.Lock()
+
+    def big(self):
+        for i in range(3):
+            yield np.full(300_000, i)
+
+    def leaves(self):
+        yield 1
+        inside.leave("normal")
+
+    def crashes(self):
+        yield 1
+        inside.leave("a crash")
+
+    def so_far(self):
+        return self.made
+
+    def put(self, k):
+        self.got.append(k)
+        return k
+
+    def everything(self):
+        return self.got
+
+    def hold(self):
+        LOG.append("holds")
+        GO.wait(10)
+
+
+class AsyncSource:
+    """The same with `async def`."""
+
+    def __init__(self):
+        self.made = 0
+        self.got = []
+
+    async def count(self, n, pause=0.0):
+        LOG.append("begun")
+        try:
+            for i in range(n):
+                self.made += 1
+                yield i
+                await asyncio.sleep(pause)
+        finally:
+            LOG.append("closed")
+
+    def plain(self, n):
+        yield from range(n)
+
+    async def fails(self, n):
+        for i in range(n):
+            yield i
+        raise Oops("no more")
+
+    async def strange(self):
+        yield 1
+        yield threading.Lock()
+
+    async def big(self):
+        for i in range(3):
+            yield np.full(300_000, i)
+
+    async def grow(self):
+        kept = []
+        for i in range(3):
+            kept.append(i)
+            yield kept
+
+    async def so_far(self):
+        return self.made
+
+    async def put(self, k):
+        self.got.append(k)
+        return k
+
+    def everything(self):
+        return self.got
+
+    async def hold(self):
+        LOG.append("holds")
+        while not GO.is_set():
+            await asyncio.sleep(0.005)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    LOG.clear()
+    GO.clear()
+    yield
+    GO.set()
+
+
+@pytest.fixture(params=["unix", "tcp", "ray"])
+def way(request):
+    return request.param
+
+
+@pytest.fixture(params=[Source, AsyncSource], ids=["sync", "async"])
+def pair(request, tmp_path, way):
+    made = Pair(tmp_path, way, request.param, is_async=request.param is AsyncSource)
+    yield made
+    GO.set()
+    made.close()
+
+
+def is_async(pair):
+    return pair.loop is not None
+
+
+# Streams
+
+
+def test_all_items_come_in_order(pair):
+    assert list(pair.stream("count", 1000)) == list(range(1000))
+    assert list(pair.stream("count", 0)) == []
+    until(lambda: LOG.count("closed") == 2, "the generators have ended")
+
+
+def test_all_items_come_to_a_coroutine(pair):
+    async def read():
+        return [item async for item in pair.stream("count", 1000)]
+
+    assert asyncio.run(read()) == list(range(1000))
+
+
+def test_a_plain_generator_of_an_async_bird_is_read_too(tmp_path, way):
+    pair = Pair(tmp_path, way, AsyncSource, is_async=True)
+    assert list(pair.stream("plain", 40)) == list(range(40))
+    pair.close()
+
+
+def test_at_most_a_window_is_made_ahead_of_who_reads(pair):
+    stream = pair.stream("count", 1000)
+    for read in range(100):
+        assert next(stream) == read
+        assert pair.call("so_far") <= read + 1 + 16
+    time.sleep(0.05)
+    assert pair.call("so_far") <= 100 + 16
+
+
+def test_other_methods_run_between_items(pair):
+    stream = pair.stream("count", 100)
+    assert next(stream) == 0
+    assert pair.call("put", 1) == 1
+    assert list(stream) == list(range(1, 100))
+
+
+def test_slow_items_come_one_by_one(pair):
+    began, times = time.monotonic(), []
+    for _ in pair.stream("count", 5, 0.1):
+        times.append(time.monotonic() - began)
+    assert times[0] < 0.09
+    assert times[-1] < 0.9
+
+
+def test_closing_the_iterator_closes_the_generator(pair):
+    stream = pair.stream("count", 10**9)
+    assert next(stream) == 0
+    assert LOG == ["begun"]
+    stream.close()
+    until(lambda: LOG == ["begun", "closed"], "it is closed")
+    assert list(stream) == []
+    stream.close()
+
+
+def test_dropping_the_iterator_closes_the_generator(pair):
+    stream = pair.stream("count", 10**9)
+    assert next(stream) == 0
+    del stream
+    gc.collect()
+    until(lambda: "closed" in LOG, "it is closed")
+
+
+def test_a_stream_closed_before_its_first_item_leaves_nothing_open(pair):
+    stream = pair.stream("count", 10**9)
+    stream.close()
+    assert pair.call("put", 1) == 1
+    until(lambda: not pair.host.life._readings._open, "nothing is open")
+    assert LOG in ([], ["begun", "closed"])
+
+
+def test_cancelling_a_reader_closes_the_generator(pair):
+    async def read():
+        stream = pair.stream("count", 10**9, 0.5)
+        assert await anext(stream) == 0
+        await asyncio.wait_for(anext(stream), 0.05)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(read())
+    until(lambda: "closed" in LOG, "it is closed")
+
+
+def test_what_a_generator_raised_comes_after_its_items(pair):
+    for n in (0, 3, 8, 20):
+        stream = pair.stream("fails", n)
+        got = []
+        with pytest.raises(Oops, match="no more") as caught:
+            got.extend(stream)
+            for item in stream:
+                got.append(item)
+        assert isinstance(caught.value.__cause__, errors.RemoteError)
+        assert got == list(range(n)) or (got == [] and n)  # `extend` keeps nothing of what came before an error
+        with pytest.raises(StopIteration):
+            next(stream)
+    got = []
+    with pytest.raises(Oops):
+        for item in pair.stream("fails", 20):
+            got.append(item)
+    assert got == list(range(20))
+
+
+def test_an_item_that_cannot_be_pickled_is_the_end(pair):
+    stream = pair.stream("strange")
+    assert next(stream) == 1
+    with pytest.raises(TypeError, match=r"an item of 'a'\.strange"):
+        next(stream)
+
+
+def test_items_are_copies_made_when_they_are_yielded(pair):
+    assert list(pair.stream("grow")) == [[0], [0, 1], [0, 1, 2]]
+
+
+def test_large_items_come_whole(pair):
+    assert [int(item.sum()) for item in pair.stream("big")] == [0, 300_000, 600_000]
+
+
+def test_a_call_of_a_generator_method_and_a_stream_of_another_are_refused(pair):
+    with pytest.raises(TypeError, match="read it with stream"):
+        pair.call("count", 1)
+    with pytest.raises(TypeError, match="call it instead"):
+        list(pair.stream("so_far"))
+    with pytest.raises(AttributeError, match="no method 'nothing'"):
+        list(pair.stream("nothing"))
+    with pytest.raises(TypeError, match="argument"):
+        list(pair.stream("count"))
+
+
+def test_no_item_in_time_is_a_timeout_and_closes_it(pair):
+    stream = pair.stream("count", 3, 0.5, timeout=0.15)
+    assert next(stream) == 0
+    with pytest.raises(errors.CallTimeout, match="no item of 'count'"):
+        next(stream)
+    until(lambda: "closed" in LOG, "it is closed")
+
+
+def test_a_late_reader_still_gets_what_came(pair):
+    stream = pair.stream("count", 3, timeout=0.2)
+    time.sleep(0.3)
+    assert list(stream) == [0, 1, 2]
+
+
+def test_a_lost_connection_in_the_middle_is_unavailable_after_what_had_arrived(tmp_path):
+    pair = Pair(tmp_path, "unix", Source)
+    stream = pair.stream("count", 10**9)
+    got = [next(stream)]
+    time.sleep(0.1)
+    pair.break_connections()
+    with pytest.raises(errors.BirdUnavailable, match="call again for a new stream"):
+        for item in stream:
+            got.append(item)
+    assert 8 <= len(got) <= 17
+    assert got == list(range(len(got)))
+    until(lambda: "closed" in LOG, "the caller has gone, so the generator is closed")
+    pair.close()
+
+
+def test_a_move_in_the_middle_is_unavailable_and_closes_the_generator(pair):
+    stream = pair.stream("count", 10**9)
+    assert next(stream) == 0
+    pair.host.control(wire.encode(wire.EndOrder(DOT, 1, "moved", False, 5.0)))
+    with pytest.raises(errors.BirdUnavailable):
+        for _ in stream:
+            pass
+    until(lambda: "closed" in LOG, "it is closed")
+
+
+def test_a_generator_may_end_its_bird(tmp_path, way):
+    pair = Pair(tmp_path, way, Source)
+    assert list(pair.stream("leaves")) == [1]
+    until(lambda: pair.nest.words[-1].__class__ is wire.LifeExited, "it left in good order")
+    pair.close()
+
+
+def test_a_generator_that_crashes_its_bird_says_so_to_the_nest(tmp_path):
+    pair = Pair(tmp_path, "unix", Source)
+    stream = pair.stream("crashes")
+    assert next(stream) == 1
+    until(lambda: any(isinstance(word, wire.LifeCrashed) for word in pair.nest.words), "the nest hears of it")
+    pair.close()
+
+
+def test_streams_that_ray_carries_are_given_up_after_a_long_rest(tmp_path, monkeypatch):
+    from flock_ray.runtime import generators
+
+    pair = Pair(tmp_path, "ray", Source)
+    first = pair.stream("count", 10**9)
+    assert next(first) == 0
+    monkeypatch.setattr(generators, "IDLE", 0.05)
+    time.sleep(0.1)
+    second = pair.stream("count", 5)
+    assert list(second) == list(range(5))
+    until(lambda: LOG.count("closed") == 2, "the first is given up")
+    pair.close()
+
+
+def test_sync_reading_in_an_async_method_is_refused(tmp_path):
+    pair = Pair(tmp_path, "unix", Source)
+    stream = pair.stream("count", 3)
+
+    class Life:
+        flock, name, incarnation, node_id = "default", "b", 1, "node"
+
+    token = inside.current.set(inside.Inside(Life(), (("default", "b"),), True))
+    try:
+
+        async def method():
+            next(stream)
+
+        with pytest.raises(RuntimeError, match="async for"):
+            asyncio.run(method())
+    finally:
+        inside.current.reset(token)
+    pair.close()
+
+
+# Back-pressure
+
+
+def fill(pair, mailbox):
+    """Makes the bird busy, and its mailbox full."""
+    holding = pair.future("hold")
+    until(lambda: "holds" in LOG, "it holds")
+    return holding, [pair.future("put", n) for n in range(mailbox)]
+
+
+@pytest.fixture
+def small(tmp_path):
+    made = Pair(tmp_path, "unix", Source, mailbox=5)
+    yield made
+    GO.set()
+    made.close()
+
+
+def test_a_full_mailbox_makes_calls_wait_and_casts_fail_at_once(small):
+    holding, waiting = fill(small, 5)
+    with pytest.raises(errors.MailboxFull, match="was full for 0.3 s"):
+        small.call("put", "late", timeout=0.3)
+
+    def cast_until_full():
+        for n in range(1000):
+            small.cast("put", f"cast {n}")
+            time.sleep(0.002)
+
+    with pytest.raises(errors.MailboxFull, match="mailbox of bird 'a' is full"):
+        cast_until_full()
+    GO.set()
+    assert holding.result(5) is None
+    assert [future.result(5) for future in waiting] == list(range(5))
+    assert small.call("put", "now") == "now"
+    got = small.call("everything")
+    assert "late" not in got
+    casts = [one for one in got if str(one).startswith("cast")]
+    assert casts == [f"cast {n}" for n in range(len(casts))], "what was accepted ran, in order"
+
+
+def test_a_call_past_the_bound_runs_as_soon_as_there_is_room(small):
+    _, waiting = fill(small, 5)
+    threading.Timer(0.2, GO.set).start()
+    assert small.call("put", "patient", timeout=5) == "patient"
+    assert [future.result(5) for future in waiting] == list(range(5))
+
+
+def test_a_full_mailbox_keeps_each_callers_order(small):
+    _, waiting = fill(small, 3)
+    futures = []
+    for n in range(50):
+        try:
+            futures.append(small.future("put", 100 + n))
+        except errors.MailboxFull:
+            break
+    GO.set()
+    assert [future.result(5) for future in waiting + futures] == [0, 1, 2, *range(100, 100 + len(futures))]
+    assert small.call("everything") == [0, 1, 2, *range(100, 100 + len(futures))]
+
+
+def test_many_coroutines_past_the_bound_all_get_through(tmp_path):
+    pair = Pair(tmp_path, "unix", Source, mailbox=50)
+
+    async def all_of_them():
+        return await asyncio.gather(*(pair.aio("put", n) for n in range(2000)))
+
+    assert asyncio.run(all_of_them()) == list(range(2000))
+    assert pair.call("everything") == list(range(2000))
+    pair.close()
+
+
+def test_the_send_window_counts_what_is_not_answered(tmp_path):
+    pair = Pair(tmp_path, "unix", Source, send_window=100)
+    for n in range(5000):
+        try:
+            pair.cast("put", n)
+        except errors.MailboxFull:
+            until(lambda: pair.call("put", -1) == -1, "it answers")
+            pair.cast("put", n)
+    got = [one for one in pair.call("everything") if one >= 0]
+    assert got == list(range(5000))
+    pair.close()
+
+
+# Order and bursts
+
+
+def test_casts_futures_and_calls_of_one_caller_run_in_their_order(pair):
+    futures = []
+    for n in range(3000):
+        if n % 3:
+            pair.cast("put", n)
+        else:
+            futures.append(pair.future("put", n))
+        if not n % 500:
+            assert pair.call("put", "here") == "here"
+    assert [future.result(5) for future in futures] == list(range(0, 3000, 3))
+    assert [one for one in pair.call("everything") if one != "here"] == list(range(3000))
+
+
+def test_casts_leave_nothing_behind(tmp_path):
+    pair = Pair(tmp_path, "unix", Source)
+    for n in range(2000):
+        pair.cast("put", n)
+    assert len(pair.call("everything")) == 2000
+    assert not pair.link._replies
+    lane = next(iter(pair.client._lanes))
+    assert lane.idle
+    for n in range(100):
+        pair.cast("put", n)
+    until(lambda: lane.idle and not pair.link._replies, "also when nobody calls afterwards")
+    pair.close()
+
+
+def test_threads_and_loops_share_a_connection(tmp_path, way):
+    pair = Pair(tmp_path, way, Source)
+    wrong = []
+
+    def threads():
+        for n in range(300):
+            if pair.call("put", n) != n:
+                wrong.append(n)
+
+    def loops():
+        async def go():
+            for n in range(10):
+                if await asyncio.gather(*(pair.aio("put", (n, k)) for k in range(50))) != [(n, k) for k in range(50)]:
+                    wrong.append(n)
+
+        asyncio.run(go())
+
+    workers = [threading.Thread(target=one) for one in (threads, loops) * 3]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert not any(worker.is_alive() for worker in workers)
+    assert not wrong
+    pair.close()
+
+
+def test_a_connection_that_breaks_under_coroutines_tells_them_all(tmp_path):
+    pair = Pair(tmp_path, "tcp", Source)
+
+    async def go():
+        calls = [asyncio.ensure_future(pair.aio("hold")) for _ in range(20)]
+        while "holds" not in LOG:
+            await asyncio.sleep(0.01)
+        pair.world.refusals["a"] = __import__("flock_ray.core.events", fromlist=["Refused"]).Refused("BirdNotFound", "it is gone", "a")
+        pair.break_connections()
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    outcomes = asyncio.run(go())
+    assert {type(one) for one in outcomes} <= {errors.BirdUnavailable, errors.BirdNotFound}
+    assert any(isinstance(one, errors.BirdUnavailable) for one in outcomes)
+    pair.close()
+
+
+def test_a_caller_whose_loop_was_closed_reads_on_another(tmp_path):
+    pair = Pair(tmp_path, "unix", Source)
+    for n in range(5):
+        assert asyncio.run(pair.aio("put", n)) == n
+        assert pair.call("put", -n) == -n
+    pair.close()
+
+
+def test_aio_times_out_and_takes_its_call_back(pair):
+    if is_async(pair):
+        return  # its methods interleave: none waits for another
+    holding = pair.future("hold")
+    until(lambda: "holds" in LOG, "it holds")
+    began = time.monotonic()
+    with pytest.raises(errors.CallTimeout, match=r"within 0\.1 s"):
+        asyncio.run(pair.aio("put", "late", timeout=0.1))
+    assert time.monotonic() - began < 1.0
+    until(lambda: pair.host.life._withdrawn, "it is taken back")
+    GO.set()
+    assert holding.result(5) is None
+    assert "late" not in pair.call("everything")
