@@ -1,148 +1,66 @@
-"""What a call of a bird costs beside a call of a bare Ray actor: latency, rate of futures, rate of casts.
+"""What a call of a bird costs beside a call of a bare Ray actor and of an xoscar actor: latency, and rates of many kinds.
 
-    python benchmarks/calls.py [--json FILE] [--rounds N] [--nodes N]
+    python benchmarks/calls.py [--json FILE] [--rounds N] [--nodes N] [--only NAME]
 
-Claims measured, each against the same class in a bare actor on the same node: a call with an argument takes at most 1.05x the
-latency (one packed argument is cheaper for Ray than a plain one, and pays for the rest), one without arguments at most 1.25x, and
-1,000 calls in flight come back at 1.0x the rate or more.
+Every trial does one thing in several ways: a bare Ray actor first, an xoscar actor in another process (if xoscar is installed; where it
+has such a thing), a bird over sockets, and a bird of a second flock in the same cluster with `wire="ray"`. Claims measured, all of the
+bird over sockets and against the same class in a bare actor on the same node, where nothing else is said:
+
+  one call at a time, one argument    median <= 0.08x, and <= 0.25x xoscar's, and below 70 us; p99 <= 0.3x
+  1,000 calls in flight               >= 12x the rate: by futures, and by coroutines on asyncio's own loop and on uvloop
+  1,000 casts, and a call after them  >= 20x the rate
+  8 callers, each with a bird         >= 8x the rate in sum: one call at a time, and 100 in flight
+  a stream of 10,000 small items      >= 10x the items a second
+  a numpy array of 100 MB             >= 0.95x the rate
+  without arguments; after a pause    no target
 
 All ways take turns within each round, in alternating order, and ratios are taken round by round, so that a noisy neighbour on the
 machine hits all of them alike; medians and quartiles of the rounds are reported. Every way is warmed up by one call first: a route
-that rested is looked at before it is used, and what that costs is measured by itself ("after a pause", without a target). All
-results are checked: a call that got lost, ran twice, or came out of order ends the run.
+that rested is looked at before it is used, and what that costs is measured by itself ("after a pause"). All results are checked: a
+call that got lost, ran twice, or came out of order ends the run.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # before Ray is imported: a local cluster of our own, whatever this user's default
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns of it for each actor that has no GPUs
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, installed or not
-
-import psutil
+import local  # first: it sets Ray's environment up
+import numpy as np
 import ray
-from ray.cluster_utils import Cluster
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from counters import NAME, Counter, Tally, bare_actor
+from crowd import CALLERS, IN_FLIGHT, Crowd
+from oscar import Oscar, event_loops, local_oscar
+from rounds import BY_RAY, FLOCK, RAY, XOSCAR, Run, Target, Trial, Way, show
 
 import flock_ray
 
 CALLS = 300  # one after another, in each way and round
 BURST = 1_000  # in flight at once
 PAUSE = 0.5  # seconds; above `lanes.FRESH`
-NAME = "counter"
+ITEMS = 10_000  # of a stream
+ITEMS_BY_RAY = 1_000  # the same where a flock's calls go by Ray: it would take most of the round
+LARGE = 12_500_000  # float64, 100 MB
+LARGE_CALLS = 3
 
 
-class Counter:
-    """What both sides run."""
+@dataclass(frozen=True)
+class Sides:
+    """Who is called, and what each has counted."""
 
-    def __init__(self) -> None:
-        self.n = 0
-
-    def add(self, k: int) -> int:
-        self.n += k
-        return self.n
-
-    def get(self) -> int:
-        return self.n
-
-
-@contextmanager
-def local_cluster(nodes: int) -> Iterator[Cluster]:
-    """A Ray cluster of this many raylets, and this process in it, of which nothing is left afterwards."""
-    me = psutil.Process()
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        for _ in range(nodes - 1):
-            cluster.add_node(num_cpus=1)
-        ray.init(cluster.address, log_to_driver=False, logging_level="error")
-        yield cluster
-    finally:
-        started = me.children(recursive=True)
-        if ray.is_initialized():
-            ray.shutdown()
-        cluster.shutdown()
-        _, alive = psutil.wait_procs(started, timeout=5)
-        for process in alive:
-            process.kill()
-
-
-@contextmanager
-def local_flock(nodes: int) -> Iterator[None]:
-    """The flock of a cluster, with all its nests in view."""
-    flock_ray.init()
-    try:
-        wait_until(lambda: len(flock_ray.nests()) == nodes, f"{nodes} nests are in view")
-        yield
-    finally:
-        flock_ray.destroy()
-
-
-def wait_until(condition: Callable[[], Any], what: str, deadline: float = 90.0) -> None:
-    end = time.monotonic() + deadline
-    while not (last := condition()):
-        if time.monotonic() > end:
-            raise SystemExit(f"not within {deadline:g} s: {what}; last seen {last!r}")
-        time.sleep(0.02)  # between looks
-
-
-class Tally:
-    """A counter that was told to count, and how far it must have come: that nothing was lost, doubled, or disordered."""
-
-    def __init__(self, who: str) -> None:
-        self.who = who
-        self.n = 0
-
-    def expect(self, answers: list[int], quiet: int = 0) -> None:
-        """Takes the answers to calls of `add(1)` in their order, after `quiet` casts of it."""
-        right = list(range(self.n + quiet + 1, self.n + quiet + len(answers) + 1))
-        if answers != right:
-            raise SystemExit(f"{self.who} answered {answers[:3]} ... {answers[-3:]}, not {right[:3]} ... {right[-3:]}")
-        self.n += quiet + len(answers)
-
-
-Run = Callable[[], list[float]]  # seconds of each call, or of one call on average
-
-
-@dataclass
-class Trial:
-    """One thing done in several ways, bare Ray's first. A target is for the ratio to bare Ray's."""
-
-    name: str
-    ways: dict[str, Run]
-    target: float | None
-    is_rate: bool = False
-    samples: dict[str, list[list[float]]] = field(default_factory=dict)
-
-    def round(self, number: int) -> None:
-        ways = list(self.ways.items())
-        for way, run in ways if number % 2 else reversed(ways):
-            self.samples.setdefault(way, []).append(run())
-
-    def result(self) -> dict[str, Any]:
-        base = [median(each) for each in self.samples[next(iter(self.ways))]]
-        return {"name": self.name, "is_rate": self.is_rate, "target": self.target, "ways": [self._way(way, base) for way in self.ways]}
-
-    def _way(self, way: str, base: list[float]) -> dict[str, Any]:
-        rounds = [median(each) for each in self.samples[way]]
-        pairs = zip(rounds, base, strict=True)
-        ratios = [ray_s / own if self.is_rate else own / ray_s for own, ray_s in pairs]
-        row = {"way": way, "ratio": median(ratios), "quartiles": quantiles(ratios, n=4, method="inclusive")[::2], "ratios": ratios}
-        if self.is_rate:
-            return {**row, "calls_a_second": median(1 / each for each in rounds)}
-        pooled = [one for each in self.samples[way] for one in each]
-        p99 = quantiles(pooled, n=100)[98] if len(pooled) > 1 else pooled[0]
-        return {**row, "microseconds": median(rounds) * 1e6, "p99_microseconds": p99 * 1e6}
+    actor: Any
+    actors: Tally
+    birds: dict[str, tuple[Any, Tally]]  # by side
+    oscar: Oscar | None
+    oscars: Tally
+    loops: dict[str, asyncio.Runner]  # by name
 
 
 def one_by_one(once: Callable[[], int], tally: Tally | None = None) -> Run:
@@ -160,6 +78,21 @@ def one_by_one(once: Callable[[], int], tally: Tally | None = None) -> Run:
     return run
 
 
+def awaited_one_by_one(loop: asyncio.Runner, once: Callable[[], Awaitable[int]], tally: Tally | None = None) -> Run:
+    async def calls() -> list[float]:
+        answers, times = [await once()], []
+        for _ in range(CALLS):
+            begin = time.perf_counter()
+            answer = await once()
+            times.append(time.perf_counter() - begin)
+            answers.append(answer)
+        if tally is not None:
+            tally.expect(answers)
+        return times
+
+    return lambda: loop.run(calls())
+
+
 def in_flight(burst: Callable[[], list[int]], warm_up: Callable[[], int], tally: Tally) -> Run:
     def run() -> list[float]:
         tally.expect([warm_up()])
@@ -172,17 +105,44 @@ def in_flight(burst: Callable[[], list[int]], warm_up: Callable[[], int], tally:
     return run
 
 
-def cast_away(casts: Callable[[], object], last: Callable[[], int], tally: Tally) -> Run:
+def gathered(loop: asyncio.Runner, once: Callable[[], Awaitable[int]], tally: Tally) -> Run:
+    async def burst() -> list[float]:
+        tally.expect([await once()])
+        begin = time.perf_counter()
+        answers = await asyncio.gather(*[once() for _ in range(BURST)])
+        taken = time.perf_counter() - begin
+        tally.expect(answers)
+        return [taken / BURST]
+
+    return lambda: loop.run(burst())
+
+
+def cast_away(cast: Callable[[], object], last: Callable[[], int], tally: Tally) -> Run:
     def run() -> list[float]:
         tally.expect([last()])
         begin = time.perf_counter()
-        casts()
+        for _ in range(BURST):
+            cast()
         answer = last()
         taken = time.perf_counter() - begin
         tally.expect([answer], quiet=BURST)
         return [taken / (BURST + 1)]
 
     return run
+
+
+def told(oscar: Oscar, tally: Tally) -> Run:
+    async def casts() -> list[float]:
+        tally.expect([await oscar.actor.add(1)])
+        begin = time.perf_counter()
+        for _ in range(BURST):
+            await oscar.actor.add.tell(1)
+        answer = await oscar.actor.add(1)
+        taken = time.perf_counter() - begin
+        tally.expect([answer], quiet=BURST)
+        return [taken / (BURST + 1)]
+
+    return lambda: oscar.loop.run(casts())
 
 
 def after_pause(what: Callable[[], list[int]], tally: Tally) -> Run:
@@ -197,8 +157,67 @@ def after_pause(what: Callable[[], list[int]], tally: Tally) -> Run:
     return run
 
 
-def trials(actor: Any, bird: Any) -> list[Trial]:
-    mine, birds = Tally("the bare actor"), Tally("the bird")
+def streamed(read: Callable[[int], Iterable[int]], warm_up: Callable[[], object], items: int = ITEMS) -> Run:
+    def run() -> list[float]:
+        warm_up()
+        begin = time.perf_counter()
+        got = list(read(items))
+        taken = time.perf_counter() - begin
+        if got != list(range(items)):
+            raise SystemExit(f"a stream of {items:,} items brought {len(got):,}: {got[:3]} ... {got[-3:]}")
+        return [taken / items]
+
+    return run
+
+
+def large(once: Callable[[np.ndarray], int]) -> Run:
+    array = np.ones(LARGE)
+
+    def run() -> list[float]:
+        times = []
+        for _ in range(LARGE_CALLS + 1):
+            begin = time.perf_counter()
+            size = once(array)
+            times.append(time.perf_counter() - begin)
+            if size != LARGE:
+                raise SystemExit(f"an array of {LARGE:,} numbers arrived as one of {size:,}")
+        return times[1:]
+
+    return run
+
+
+# Trials
+
+
+def latency_trials(sides: Sides) -> list[Trial]:
+    actor, mine, oscar = sides.actor, sides.actors, sides.oscar
+
+    def ray_add() -> int:
+        return ray.get(actor.add.remote(1))
+
+    with_argument = [Way(RAY, "ray.get(actor.add.remote(1))", one_by_one(ray_add, mine))]
+    without = [Way(RAY, "ray.get(actor.get.remote())", one_by_one(lambda: ray.get(actor.get.remote())))]
+    first = [Way(RAY, "ray.get(actor.add.remote(1))", after_pause(lambda: [ray_add()], mine))]
+    if oscar is not None:
+        add, get = oscar.actor.add, oscar.actor.get
+        with_argument.append(Way(XOSCAR, "await actor.add(1)", awaited_one_by_one(oscar.loop, lambda: add(1), sides.oscars)))
+        without.append(Way(XOSCAR, "await actor.get()", awaited_one_by_one(oscar.loop, get)))
+    by_name = one_by_one(lambda: flock_ray.call(NAME, "add", 1), sides.birds[FLOCK][1])
+    with_argument.append(Way(FLOCK, 'flock_ray.call(name, "add", 1)', by_name))
+    for side, (bird, tally) in sides.birds.items():
+        with_argument.append(Way(side, "bird.add(1)", one_by_one(lambda bird=bird: bird.add(1), tally)))
+        without.append(Way(side, "bird.get()", one_by_one(bird.get)))
+        first.append(Way(side, "bird.add(1)", after_pause(lambda bird=bird: [bird.add(1)], tally)))
+    targets = (Target(0.08, "median"), Target(0.25, "median", XOSCAR), Target(70.0, "median", None), Target(0.3, "p99"))
+    return [
+        Trial("one call at a time, one argument", with_argument, targets),
+        Trial("one call at a time, without arguments", without),
+        Trial("the first call after a pause", first),
+    ]
+
+
+def rate_trials(sides: Sides) -> list[Trial]:
+    actor, mine, oscar = sides.actor, sides.actors, sides.oscar
 
     def ray_add() -> int:
         return ray.get(actor.add.remote(1))
@@ -206,62 +225,81 @@ def trials(actor: Any, bird: Any) -> list[Trial]:
     def ray_burst() -> list[int]:
         return ray.get([actor.add.remote(1) for _ in range(BURST)])
 
-    def ray_casts() -> None:
-        for _ in range(BURST):
-            actor.add.remote(1)
+    many = [Way(RAY, "ray.get([actor.add.remote(1), ...])", in_flight(ray_burst, ray_add, mine))]
+    casts = [Way(RAY, "actor.add.remote(1), refs dropped", cast_away(lambda: actor.add.remote(1), ray_add, mine))]
+    first = [Way(RAY, "ray.get([actor.add.remote(1), ...])", after_pause(ray_burst, mine))]
+    if oscar is not None:
+        many.append(Way(XOSCAR, "gather(actor.add(1), ...)", gathered(oscar.loop, lambda: oscar.actor.add(1), sides.oscars)))
+        casts.append(Way(XOSCAR, "actor.add.tell(1)", told(oscar, sides.oscars)))
+    for side, (bird, tally) in sides.birds.items():
 
-    def bird_add() -> int:
-        return bird.add(1)
+        def add(bird: Any = bird) -> int:
+            return bird.add(1)
 
-    def bird_burst() -> list[int]:
-        return [future.result() for future in [bird.add.future(1) for _ in range(BURST)]]
+        def burst(bird: Any = bird) -> list[int]:
+            return [future.result() for future in [bird.add.future(1) for _ in range(BURST)]]
 
-    def bird_casts() -> None:
-        for _ in range(BURST):
-            flock_ray.cast(NAME, "add", 1)
-
-    with_argument: dict[str, Run] = {
-        "ray.get(actor.add.remote(1))": one_by_one(ray_add, mine),
-        'flock_ray.call(name, "add", 1)': one_by_one(lambda: flock_ray.call(NAME, "add", 1), birds),
-        "bird.add(1)": one_by_one(bird_add, birds),
-    }
-    without: dict[str, Run] = {
-        "ray.get(actor.get.remote())": one_by_one(lambda: ray.get(actor.get.remote())),
-        "bird.get()": one_by_one(bird.get),
-    }
-    futures: dict[str, Run] = {
-        "actor.add.remote(1), ray.get(refs)": in_flight(ray_burst, ray_add, mine),
-        "bird.add.future(1), .result()": in_flight(bird_burst, bird_add, birds),
-    }
-    casts: dict[str, Run] = {
-        "actor.add.remote(1), refs dropped": cast_away(ray_casts, ray_add, mine),
-        'flock_ray.cast(name, "add", 1)': cast_away(bird_casts, bird_add, birds),
-    }
-    first: dict[str, Run] = {
-        "ray.get(actor.add.remote(1))": after_pause(lambda: [ray_add()], mine),
-        "bird.add(1)": after_pause(lambda: [bird_add()], birds),
-    }
-    first_burst: dict[str, Run] = {
-        "actor.add.remote(1), ray.get(refs)": after_pause(ray_burst, mine),
-        "bird.add.future(1), .result()": after_pause(bird_burst, birds),
-    }
+        many.append(Way(side, "bird.add.future(1), .result()", in_flight(burst, add, tally)))
+        for name, loop in sides.loops.items():
+            many.append(Way(side, f"gather(bird.add.aio(1), ...), {name}", gathered(loop, lambda bird=bird: bird.add.aio(1), tally)))
+        casts.append(Way(side, "bird.add.cast(1)", cast_away(lambda bird=bird: bird.add.cast(1), add, tally)))
+        first.append(Way(side, "bird.add.future(1), .result()", after_pause(burst, tally)))
     return [
-        Trial("one call at a time, one argument", with_argument, 1.05),
-        Trial("one call at a time, without arguments", without, 1.25),
-        Trial(f"{BURST:,} calls in flight", futures, 1.0, is_rate=True),
-        Trial(f"{BURST:,} casts, and a call after them", casts, None, is_rate=True),
-        Trial("the first call after a pause", first, None),
-        Trial(f"{BURST:,} calls in flight after a pause", first_burst, None, is_rate=True),
+        Trial(f"{BURST:,} calls in flight", many, (Target(12.0, "rate"),), is_rate=True),
+        Trial(f"{BURST:,} casts, and a call after them", casts, (Target(20.0, "rate"),), is_rate=True),
+        Trial(f"{BURST:,} calls in flight after a pause", first, is_rate=True),
     ]
 
 
-def measure(nodes: int, rounds: int) -> list[dict[str, Any]]:
-    with local_cluster(nodes), local_flock(nodes):
-        bird = flock_ray.start(NAME, Counter)
-        flock_ray.wait(bird)
-        place = NodeAffinitySchedulingStrategy(flock_ray.where(bird), soft=False)
-        actor = ray.remote(Counter).options(num_cpus=0, scheduling_strategy=place).remote()
-        measured = trials(actor, bird)
+def crowd_trials(crowd: Crowd, flocks: Iterable[str]) -> list[Trial]:
+    found = []
+    for number in (1, IN_FLIGHT):
+        texts = ("actor.add.remote(1)", "bird.add(1)") if number == 1 else ("actor.add.remote(1), ray.get(refs)", "bird.add.future(1)")
+        ways = [Way(side, texts[side != RAY], crowd.run(side, number)) for side in [RAY, *flocks]]
+        what = "one call at a time" if number == 1 else f"{number} in flight of each"
+        found.append(Trial(f"{CALLERS} callers, in sum, {what}", ways, (Target(8.0, "rate"),), is_rate=True))
+    return found
+
+
+def bulk_trials(sides: Sides) -> list[Trial]:
+    actor, oscar = sides.actor, sides.oscar
+
+    def ray_stream(items: int) -> Iterator[int]:
+        return (ray.get(ref) for ref in actor.upto.options(num_returns="streaming").remote(items))
+
+    streams = [Way(RAY, 'num_returns="streaming", ray.get(ref)', streamed(ray_stream, lambda: ray.get(actor.get.remote())))]
+    arrays = [Way(RAY, "ray.get(actor.size.remote(array))", large(lambda array: ray.get(actor.size.remote(array))))]
+    if oscar is not None:
+        arrays.append(Way(XOSCAR, "await actor.size(array)", large(lambda array: oscar.loop.run(oscar.actor.size(array)))))
+    for side, (bird, _) in sides.birds.items():
+        items = ITEMS if side == FLOCK else ITEMS_BY_RAY
+        streams.append(Way(side, f"bird.upto.stream({items:,})", streamed(bird.upto.stream, bird.get, items)))
+        arrays.append(Way(side, "bird.size(array)", large(bird.size)))
+    return [
+        Trial(f"a stream of {ITEMS:,} small items", streams, (Target(10.0, "rate"),), is_rate=True),
+        Trial("a numpy array of 100 MB as the argument", arrays, (Target(0.95, "rate"),), is_rate=True),
+    ]
+
+
+def measure(nodes: int, rounds: int, only: str) -> list[dict[str, Any]]:
+    with ExitStack() as stack:
+        stack.enter_context(local.cluster(nodes))
+        flocks = {
+            FLOCK: stack.enter_context(local.flock(nodes)),
+            BY_RAY: stack.enter_context(local.flock(nodes, "by-ray", wire="ray")),
+        }
+        loops = {name: stack.enter_context(asyncio.Runner(loop_factory=factory)) for name, factory in event_loops().items()}
+        oscar = stack.enter_context(local_oscar(list(loops.values())[-1]))
+        birds = {side: flock.start(NAME, Counter) for side, flock in flocks.items()}
+        for side, flock in flocks.items():
+            flock.wait(birds[side])
+        tallied = {side: (bird, Tally(f"the bird of {side}")) for side, bird in birds.items()}
+        actor = bare_actor(flocks[FLOCK], birds[FLOCK])
+        sides = Sides(actor, Tally("the bare actor"), tallied, oscar, Tally("the xoscar actor"), loops)
+        every = [*latency_trials(sides), *rate_trials(sides), *crowd_trials(Crowd(flocks), flocks), *bulk_trials(sides)]
+        measured = [trial for trial in every if only in trial.name]
+        if not measured:
+            raise SystemExit(f"no trial has {only!r} in its name: they are {', '.join(repr(trial.name) for trial in every)}")
         for trial in measured:
             trial.round(0)
             trial.samples.clear()  # the first round warms up
@@ -271,32 +309,16 @@ def measure(nodes: int, rounds: int) -> list[dict[str, Any]]:
     return [trial.result() for trial in measured]
 
 
-def show(results: list[dict[str, Any]]) -> None:
-    for trial in results:
-        print(f"{trial['name']}:")
-        for index, row in enumerate(trial["ways"]):
-            if trial["is_rate"]:
-                figure = f"{row['calls_a_second']:8,.0f}/s"
-            else:
-                figure = f"{row['microseconds']:8,.0f} us" + (f" (p99 {row['p99_microseconds']:6,.0f})" if trial["target"] else "")
-            low, high = row["quartiles"]
-            beside = f"{row['ratio']:.2f}x ({low:.2f} to {high:.2f})" if index else ""
-            if index and trial["target"] is not None:
-                sign = ">=" if trial["is_rate"] else "<="
-                met = row["ratio"] >= trial["target"] if trial["is_rate"] else row["ratio"] <= trial["target"]
-                beside += f", target {sign} {trial['target']:.2f}x: {'met' if met else 'MISSED'}"
-            print(f"  {row['way']:<36}{figure}  {beside}".rstrip())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", metavar="FILE", help="write all figures, round by round, to this file")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="raylets of the local cluster (default: %(default)s)")
+    parser.add_argument("--only", default="", metavar="NAME", help="only the trials with this in their names")
     parser.add_argument("--rounds", type=int, default=15, metavar="N", help="at least 2 (default: %(default)s)")
     options = parser.parse_args()
     if options.rounds < 2 or options.nodes < 1:
         parser.error("the medians want at least 2 rounds, and the cluster a node")
-    results = measure(options.nodes, options.rounds)
+    results = measure(options.nodes, options.rounds, options.only)
     show(results)
     if options.json:
         Path(options.json).write_text(json.dumps({"nodes": options.nodes, "rounds": options.rounds, "trials": results}))

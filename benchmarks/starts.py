@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
+import local  # first: it sets Ray's environment up
 import psutil
 import ray
-from calls import local_cluster, local_flock, wait_until  # first: it sets Ray's environment up
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import flock_ray
@@ -71,14 +71,14 @@ def rest(pids: list[int]) -> None:
     """Waits until the processes are gone, and what they leave behind them has been cleared up."""
     if len(set(pids)) != len(pids):
         raise SystemExit(f"{len(pids)} starts have made {len(set(pids))} processes")
-    wait_until(lambda: not any(map(psutil.pid_exists, pids)), f"all of {len(pids)} processes are gone")
+    local.wait_until(lambda: not any(map(psutil.pid_exists, pids)), f"all of {len(pids)} processes are gone")
     time.sleep(1.0)
 
 
 def measure(nodes: int, birds: int, rounds: int) -> dict[str, Any]:
     sides: dict[str, Callable[[list[str]], tuple[float, list[int]]]] = {"actors": start_actors, "birds": start_birds}
     times: dict[str, list[float]] = {side: [] for side in sides}
-    with local_cluster(nodes), local_flock(nodes):
+    with local.cluster(nodes), local.flock(nodes):
         for number in range(rounds + 1):
             for side in sorted(sides, reverse=bool(number % 2)):
                 taken, pids = sides[side]([f"{side}/{number}/{index}" for index in range(birds if number else nodes)])

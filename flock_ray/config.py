@@ -37,8 +37,8 @@ class Config:
         min_free_memory: the fraction of a node's memory that must be free for its nest to admit birds. 0 admits always.
         wire: `"auto"`: calls go straight to the bird's process over sockets where these can be reached, else as Ray actor calls;
             `"ray"`: always as Ray actor calls, slower by far.
-        ports: the first and last TCP port that hosts may listen on, for clusters behind firewalls; each bird with a process of its own
-            takes one on its node. `None`: any.
+        ports: the first and last TCP port that nests and hosts may listen on, for clusters behind firewalls; a nest takes one on its
+            node, and so does each bird with a process of its own. `None`: any.
         send_window: how many casts and futures of one caller to one bird may be unanswered before `MailboxFull`. More takes bigger
             bursts, and memory on both sides.
         mailbox: how many messages may wait for their turn at one bird. Past it a call waits for room within its timeout, and casts and

@@ -181,7 +181,6 @@ class NodeRecord(NamedTuple):
     resources: tuple[tuple[str, float], ...] = ()
     labels: tuple[tuple[str, str], ...] = ()
     address: str = ""  # of the nest's member in the failure detector, host:port
-    peer: str = ""  # the name of the nest's Ray actor
 
 
 class Route(NamedTuple):

@@ -1,4 +1,4 @@
-"""One connection between a caller and a host, without its socket: bytes in, frames out, in the manner of h11.
+"""One connection, between a caller, a host or a nest and whom it calls, without its socket: bytes in, frames out, in the manner of h11.
 
   caller                                             listener
   hello: magic, version, role, nonce, flock life  ->
@@ -12,10 +12,11 @@ sizes. A frame is
 
     4 bytes: length of the body | 1 byte: kind | 8 bytes: id | body
 
-in network byte order. An `ANSWER` has the id of the `CALL` or `CONTROL` it answers. The body is a message of `core/wire.py`.
+in network byte order. An `ANSWER` has the id of the `CALL` or `CONTROL` it answers; a `NOTE` is not answered. The body is a message of
+`core/wire.py`.
 
-Rules kept here: a frame is at most `MAX_BODY` bytes long, for what is longer travels by Ray's object store; after a `ProtocolError` the
-connection is over.
+Rules kept here: a frame is at most `MAX_BODY` bytes long, for what is longer travels by Ray's object store, and between nests `NEST_BODY`;
+after a `ProtocolError` the connection is over.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ NONCE = 32
 PROOF = 32
 LIFE = 16
 MAX_BODY = 4 << 20
+NEST_BODY = 1 << 30  # what a nest tells another at once: a replica's part, at most
 LONGEST = 1_000_000  # bytes of a message that its sender puts into a frame; Ray's object store is quicker with longer ones
 
-CALL, CONTROL, ANSWER = 1, 2, 3
+CALL, CONTROL, ANSWER, NOTE = 1, 2, 3, 4
 
 _HELLO = struct.Struct(f"!4sBB{NONCE}s{LIFE}s")
 _CHALLENGE = struct.Struct(f"!4sB{NONCE}s{PROOF}s")
@@ -57,14 +59,14 @@ class _Stage(enum.Enum):
     BROKEN = enum.auto()
 
 
-def frame(kind: int, number: int, body: bytes) -> bytes:
+def frame(kind: int, number: int, body: bytes, limit: int = MAX_BODY) -> bytes:
     """The bytes of a frame.
 
     Raises:
-        ValueError: the body is longer than `MAX_BODY`.
+        ValueError: the body is longer than the limit.
     """
-    if len(body) > MAX_BODY:
-        raise ValueError(f"a frame of {len(body):,} bytes is above the limit of {MAX_BODY:,}")
+    if len(body) > limit:
+        raise ValueError(f"a frame of {len(body):,} bytes is above the limit of {limit:,}")
     return _HEAD.pack(len(body), kind, number) + body
 
 
@@ -75,14 +77,16 @@ class Connection:
         secret, life: the flock's.
         nonce: `NONCE` random bytes, never used before.
         listens: is this the side that was connected to?
+        limit: bytes of the longest body it takes.
     """
 
-    def __init__(self, secret: bytes, life: str, nonce: bytes, *, listens: bool) -> None:
+    def __init__(self, secret: bytes, life: str, nonce: bytes, *, listens: bool, limit: int = MAX_BODY) -> None:
         if len(nonce) != NONCE:
             raise ValueError(f"a nonce has {NONCE} bytes, not {len(nonce)}")
         self._secret = secret
         self._life = life.encode().ljust(LIFE, b"\0")[:LIFE]
         self._nonce = nonce
+        self._limit = limit
         self._stage = _Stage.HELLO if listens else _Stage.CHALLENGE
         self._hello = b""
         self._buffer = bytearray()
@@ -132,10 +136,10 @@ class Connection:
         found: list[Frame] = []
         at, end = 0, len(data)
         view = memoryview(data)
-        unpack = _HEAD.unpack_from
+        unpack, limit = _HEAD.unpack_from, self._limit
         while end - at >= HEAD:
             length, kind, number = unpack(view, at)
-            if length > MAX_BODY or not CALL <= kind <= ANSWER:
+            if length > limit or not CALL <= kind <= NOTE:
                 self._stage = _Stage.BROKEN
                 raise ProtocolError(f"a frame of kind {kind} and {length:,} bytes")
             begin = at + HEAD

@@ -127,3 +127,17 @@ class NestReady(NestNotice):
 def last_line(error: str) -> str:
     lines = error.strip().splitlines()
     return lines[-1] if lines else "no error was recorded"
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionsRefused(Notice):
+    """Somebody was not let in: `where` is `"nest"` or the name of a host, and `count` says how often within a second or more."""
+
+    level: ClassVar[int] = logging.WARNING
+    where: str
+    why: str
+    count: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.count} connections to {self.where} were turned away: {self.why}"

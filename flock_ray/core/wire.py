@@ -180,6 +180,17 @@ class ReportOrder(NamedTuple):
     """Say what you hold: answered with a `HostReport`."""
 
 
+# Callers, hosts and nests to nests
+
+
+class ForNest(NamedTuple):
+    """The head of what a nest is told; the body is pickled. `what` is `"ask"` or `"read"` (callers), `"say"` or `"pid"` (hosts), `"ready"`,
+    or `"letters"`, a note of another nest.
+    """
+
+    what: str
+
+
 # Hosts to nests
 
 
@@ -243,6 +254,14 @@ class LifeEnded(NamedTuple):
     born: int
     state: bytes | None = None
     handed_over: bool = False
+
+
+class Refused(NamedTuple):
+    """Connections to a host were turned away: how many since it was said last, and why."""
+
+    host: str
+    why: str
+    times: int
 
 
 class Welcome(NamedTuple):

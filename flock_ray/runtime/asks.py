@@ -20,8 +20,9 @@ from flock_ray.config import Config
 from flock_ray.core import events as ev
 from flock_ray.errors import CallTimeout
 from flock_ray.runtime.courier import Courier
-from flock_ray.runtime.links import Down, Links, NestLink, NoAnswer, Raw, Reply, answer_of
+from flock_ray.runtime.links import Links, NestLink
 from flock_ray.runtime.pending import FOREVER, named_error
+from flock_ray.runtime.replies import Down, NoAnswer, Raw, Reply, answer_of
 from flock_ray.specs import Dot, Name, Route, Spec
 
 LATE = 1.0  # seconds a nest may answer after the time it was given

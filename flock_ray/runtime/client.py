@@ -21,8 +21,9 @@ from flock_ray.runtime.asks import Asks
 from flock_ray.runtime.courier import Courier
 from flock_ray.runtime.deadlines import Deadlines
 from flock_ray.runtime.lanes import Lane
-from flock_ray.runtime.links import Link, Links, RayLinks, Urgency
+from flock_ray.runtime.links import Link, Links, RayLinks
 from flock_ray.runtime.pending import FOREVER, CallFuture, Default, Pending
+from flock_ray.runtime.replies import Urgency
 from flock_ray.runtime.streams import Stream
 from flock_ray.runtime.ways import Ways
 from flock_ray.specs import Dot, Name, Route

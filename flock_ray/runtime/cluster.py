@@ -21,6 +21,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,40 @@ def require_ray() -> None:
 
 def node_id() -> str:
     return str(ray.get_runtime_context().get_node_id())
+
+
+def _record_file(flock: str, node: str) -> Path:
+    name = blake2b(flock.encode(), digest_size=12).hexdigest()
+    return _folder("", node).parent / f"{node[:16]}-{name}.record"
+
+
+def leave_record(record: FlockLife) -> None:
+    """Leaves the record for callers of this node: they find the nest without the head (C6). Only the owner may read it."""
+    path = _record_file(record.flock, node_id())
+    fresh = path.with_suffix(f".{os.getpid()}")
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(pickle.dumps(record))
+    fresh.rename(path)
+
+
+def remove_record(record: FlockLife) -> None:
+    """The flock's life is over."""
+    left = record_left(record.flock)
+    if left is not None and left.life == record.life:
+        _record_file(record.flock, node_id()).unlink(missing_ok=True)
+
+
+def record_left(flock: str) -> FlockLife | None:
+    """What the nest of this node has left; `None` if there is nothing that can be trusted."""
+    try:
+        with _record_file(flock, node_id()).open("rb") as file:
+            state = os.fstat(file.fileno())
+            if state.st_uid != os.getuid() or state.st_mode & 0o077:
+                return None
+            record: FlockLife = pickle.load(file)
+            return record
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError):
+        return None
 
 
 def session_directory(life: str) -> Path:
@@ -290,9 +325,15 @@ def _find_nest(record: FlockLife, timeout: float) -> ActorHandle[Any]:
         raise FlockNotRunning(f"no nest of flock {record.flock!r} can be found; call flock_ray.init()")
 
 
-def folder_of(flock: str, node: str) -> Path:
-    """Where the hosts of a node have their Unix sockets, if the node is on this machine."""
-    return _folder(_records[flock].life, node)
+def folder_of(record: FlockLife, node: str) -> Path:
+    """Where nest and hosts of a node have their Unix sockets, if the node is on this machine."""
+    return _folder(record.life, node)
+
+
+def remember(record: FlockLife) -> None:
+    """Its nest was found."""
+    with _lock:
+        _records[record.flock] = record
 
 
 def record_of(flock: str) -> FlockLife | None:

@@ -27,17 +27,19 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 
-from flock_ray.core.connection import LONGEST
+from flock_ray.core.connection import CALL, LONGEST, ProtocolError
 from flock_ray.core.wire import (
     Answer,
     Call,
     EndOrder,
     ForgetOrder,
+    ForNest,
     HatchOrder,
     HostReport,
     HostUp,
     LifeEnded,
     RaiseOrder,
+    Refused,
     ReportOrder,
     Withdraw,
     decode,
@@ -46,9 +48,12 @@ from flock_ray.core.wire import (
 )
 from flock_ray.runtime.inside import current
 from flock_ray.runtime.life import FULL, MOVED, HostedLife, Response, State
-from flock_ray.runtime.listener import Answers, Caller, Listener
+from flock_ray.runtime.listener import NEST_SOCKET, Answers, Caller, Listener, socket_path
+from flock_ray.runtime.replies import Down, NoAnswer
+from flock_ray.runtime.sockets import SocketLink
 from flock_ray.runtime.tether import NestAwayError, NestLink, PidFile, Reporter, Tether
 from flock_ray.runtime.timers import Scheduler
+from flock_ray.runtime.tls import contexts
 from flock_ray.specs import Dot, Life, Name
 
 log = logging.getLogger("flock_ray.host")
@@ -90,11 +95,6 @@ class HostBoot:
     mailbox: int = 1
     secret: bytes = b""
     ports: tuple[int, int] | None = None
-
-
-def socket_path(directory: str | Path, pid: int) -> Path:
-    """Where the host with this pid listens."""
-    return Path(directory, f"{pid}.sock")
 
 
 class Host:
@@ -201,8 +201,21 @@ class Host:
             return
         path = socket_path(boot.directory, self.pid)
         try:
+            tls = contexts()
             self._listener = Listener(
-                boot.secret, boot.flock_life, path, self._ip, boot.ports, slots, boot.mailbox, call, self._full, self.control, self._gone
+                boot.secret,
+                boot.flock_life,
+                path,
+                self._ip,
+                boot.ports,
+                slots,
+                boot.mailbox,
+                call,
+                self._full,
+                self.control,
+                self._gone,
+                lambda why, count: self.says(Refused(self.host, why, count)),
+                tls[0] if tls is not None else None,
             )
         except OSError as error:
             log.warning("host %s is called by Ray only: %s", self.host, error)
@@ -315,6 +328,28 @@ class Host:
         self._nest = nest
 
 
+class DirectNestLink:
+    """Words to the nest over its socket, which the nest's next life opens again."""
+
+    def __init__(self, boot: HostBoot) -> None:
+        self._boot = boot
+        self._link: SocketLink | None = None
+
+    def say(self, word: bytes, timeout: float) -> bytes | None:
+        return self._request("say", word, timeout) or None
+
+    def pid(self, timeout: float) -> int:
+        return pickle.loads(self._request("pid", b"", timeout))  # type: ignore[no-any-return]  # as the nest has packed it
+
+    def _request(self, what: str, body: bytes, timeout: float) -> bytes:
+        try:
+            if self._link is None or self._link.lost():
+                self._link = SocketLink(self._boot.secret, self._boot.flock_life, f" {NEST_SOCKET}", Path(self._boot.directory))
+            return self._link.transmit(CALL, encode(ForNest(what), body)).get(timeout).message
+        except (OSError, ProtocolError, Down, NoAnswer) as error:
+            raise NestAwayError(str(error)) from error
+
+
 class RayNestLink:
     """Words to the nest as Ray calls. Its handle answers again when Ray has restarted the nest."""
 
@@ -344,10 +379,10 @@ def start(kind: type[H], boot: bytes, nest: Any) -> H:
     os.environ["FLOCK_RAY_FLOCK"] = unpickled.flock  # threads and processes that the bird starts are in its flock too
     raylet = os.environ.get("RAY_RAYLET_PID")
     node_id = ray.get_runtime_context().get_node_id()
-    ip = None  # where Ray encrypts what it sends, nothing goes over TCP in the clear
-    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true"):
-        ip = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
-    return kind(unpickled, RayNestLink(nest), node_id, int(raylet) if raylet else None, _leave, ip)
+    ip = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
+    direct = unpickled.secret and Path(unpickled.directory, NEST_SOCKET).exists()
+    link = DirectNestLink(unpickled) if direct else RayNestLink(nest)
+    return kind(unpickled, link, node_id, int(raylet) if raylet else None, _leave, ip)
 
 
 def _leave(code: int) -> None:

@@ -25,9 +25,12 @@ from ray.actor import ActorHandle
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import wire
+from flock_ray.core.connection import CONTROL
 from flock_ray.runtime import cluster
 from flock_ray.runtime.cluster import FlockLife
-from flock_ray.runtime.host import HostBoot, socket_path
+from flock_ray.runtime.host import HostBoot
+from flock_ray.runtime.listener import socket_path
+from flock_ray.runtime.peers import Wires
 from flock_ray.specs import Dot, Life, Name, Spec
 
 InThread = Callable[..., Awaitable[Any]]
@@ -60,14 +63,25 @@ class Hosts:
     Args:
         in_thread: runs a blocking function of `cluster` in the nest's thread for it.
         tell: takes the events of lives.
+        refused: takes which host turned connections away, why, and how many.
     """
 
-    def __init__(self, record: FlockLife, node: str, nest: ActorHandle[Any], in_thread: InThread, tell: Callable[[ev.Event], None]) -> None:
+    def __init__(
+        self,
+        record: FlockLife,
+        node: str,
+        nest: ActorHandle[Any],
+        in_thread: InThread,
+        tell: Callable[[ev.Event], None],
+        refused: Callable[[str, str, int], object],
+    ) -> None:
         self._record = record
         self._node = node
         self._nest = nest
         self._in_thread = in_thread
         self._tell = tell
+        self._refused = refused
+        self._wires = Wires(record.secret, record.life, None, self._order_by_ray)
         self._directory = cluster.session_directory(record.life)
         self._processes: dict[tuple[Dot, int], Process] = {}
         self._by_host: dict[str, Process] = {}
@@ -151,8 +165,15 @@ class Hosts:
             asyncio.get_running_loop().call_later(FAREWELL, self._kill, process, "its life was over and it did not end")
 
     def _order(self, process: Process, order: object) -> None:
-        if process.handle is not None:
-            process.handle.control.remote(wire.encode(order))
+        packed, path = wire.encode(order), socket_path(self._directory, process.pid)
+        if not (process.pid and path.exists() and self._wires.send(process.host, path, CONTROL, packed)):
+            self._order_by_ray(process.host, packed)
+
+    def _order_by_ray(self, host: str, order: bytes) -> None:
+        """For hosts that listen not yet, or not at all."""
+        process = self._by_host.get(host)
+        if process is not None and process.handle is not None:
+            process.handle.control.remote(order)
 
     def _kill(self, process: Process, why: str) -> None:
         if process.host not in self._by_host:
@@ -188,6 +209,7 @@ class Hosts:
 
     def clear_up(self) -> None:
         """The flock's life is over: nothing of it is to be found here any more."""
+        self._wires.close()
         shutil.rmtree(self._directory, ignore_errors=True)
         with contextlib.suppress(OSError):  # another node of this machine still has something in it
             self._directory.parent.rmdir()
@@ -208,6 +230,8 @@ class Hosts:
                 self._reported.set()
             elif not self.adopting and word.host not in self._by_host:
                 _end_unknown(word.pid)
+        elif isinstance(word, wire.Refused):
+            self._refused(word.host, word.why, word.times)
         elif isinstance(word, wire.LifeRunning | wire.LifeCrashed | wire.LifeExited | wire.LifeEnded):
             self._ended_of_itself(word)
             self._tell(word)
@@ -237,6 +261,7 @@ class Hosts:
         if self._processes.pop((process.dot, process.born), None) is None:
             return
         self._by_host.pop(process.host, None)
+        self._wires.drop(process.host)
         if process.deadline is not None:
             process.deadline.cancel()
         if process.pidfd >= 0:

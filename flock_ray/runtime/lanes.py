@@ -29,8 +29,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flock_ray import errors
 from flock_ray.core import events as ev
 from flock_ray.core import wire
-from flock_ray.runtime.links import Down, Link, NoAnswer, Reply, Urgency, answer_of
+from flock_ray.runtime.links import Link
 from flock_ray.runtime.pending import FOREVER, Opened, Pending, named_error, open_raw
+from flock_ray.runtime.replies import Down, NoAnswer, Reply, Urgency, answer_of
 from flock_ray.specs import Name, Route
 
 if TYPE_CHECKING:

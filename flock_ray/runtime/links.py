@@ -9,12 +9,10 @@ an event loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import ray
 from ray import exceptions
@@ -22,67 +20,10 @@ from ray.actor import ActorHandle
 
 from flock_ray.config import Config
 from flock_ray.runtime import cluster
+from flock_ray.runtime.replies import Down, NoAnswer, Raw, Reply, Urgency
 from flock_ray.specs import Route
 
 _LOOK_AGAIN = 0.01  # seconds: in a burst of calls the look gives the GIL away each time, which cost a tenth of the rate (measured)
-
-
-class Raw(NamedTuple):
-    """An answer as it came: the message, and what came beside it."""
-
-    message: bytes
-    extra: Sequence[Any] = ()
-
-
-class Urgency(Enum):
-    """When a message has to leave."""
-
-    NOW = "its answer is waited for"
-    SOON = "nobody waits: it may leave together with what follows"
-    WITH_LOOP = "as `SOON`, and the event loop that sends it will wait for its answer by `Reply.on_done`"
-
-
-class Down(Exception):  # it says what is so, and never reaches a user
-    """The receiver has gone away. `ran` is False if the message certainly did not run."""
-
-    def __init__(self, text: str, ran: bool) -> None:
-        super().__init__(text)
-        self.ran = ran
-
-
-class NoAnswer(Exception):  # as above
-    """There is no answer yet."""
-
-
-class Reply(Protocol):
-    """The answer to one message, when it is there."""
-
-    @property
-    def done(self) -> bool:
-        """Is it known that `get` would return at once?"""
-        ...
-
-    def get(self, timeout: float | None) -> Raw:
-        """Waits for it. Raises `Down`, `NoAnswer` when `timeout` seconds have passed, or what kept an argument from coming."""
-        ...
-
-    def on_done(self, callback: Callable[[], object], loop: asyncio.AbstractEventLoop | None = None) -> None:
-        """Has `callback` called, in some thread where it must not block, once `get` would return at once.
-
-        Args:
-            loop: runs now, and will wait; where it can, it looks for the answer itself.
-        """
-        ...
-
-    def tell(self, callback: Callable[[], object]) -> None:
-        """Has `callback` called as `on_done`, but only if the answer happens to be read. For casts, of which not all are answered; where
-        all are, it may do nothing.
-        """
-        ...
-
-    def forget(self) -> None:
-        """It is known by a later answer what this one would say."""
-        ...
 
 
 class Link(Protocol):
@@ -166,30 +107,6 @@ class Links(Protocol):
     def forget_hosts(self) -> None:
         """Drops what is kept of hosts."""
         ...
-
-
-async def answer_of(reply: Reply, timeout: float | None) -> Raw:
-    """Waits for a reply on any event loop. Raises as `Reply.get`."""
-    loop = asyncio.get_running_loop()
-    there = loop.create_future()
-
-    def done() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-            loop.call_soon_threadsafe(_wake, there)
-
-    reply.on_done(done, loop)
-    timer = loop.call_later(timeout, _wake, there) if timeout is not None else None
-    try:
-        await there
-    finally:
-        if timer is not None:
-            timer.cancel()
-    return reply.get(0)
-
-
-def _wake(sleeper: asyncio.Future[None]) -> None:
-    if not sleeper.done():
-        sleeper.set_result(None)
 
 
 class RayReply:
@@ -338,7 +255,7 @@ class RayLinks:
         self._hosts = {name: kept for name, kept in self._hosts.items() if not kept.lost()}
         return link
 
-    def nest(self, flock: str, timeout: float) -> RayNestLink:
+    def nest(self, flock: str, timeout: float) -> NestLink:
         return RayNestLink(cluster.local_nest(flock, timeout), flock)
 
     def config(self, flock: str) -> Config:

@@ -19,6 +19,7 @@ import logging
 import os
 import select
 import socket
+import ssl
 import threading
 import time
 from collections import deque
@@ -27,6 +28,7 @@ from pathlib import Path
 
 from flock_ray.core.connection import ANSWER, CALL, Connection, ProtocolError, frame
 from flock_ray.runtime.spin import Spin
+from flock_ray.runtime.tls import Encrypted
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +37,21 @@ TOGETHER = 0.001  # seconds within which answers to calls that came together go 
 IDLE = 0.1  # seconds without a call after which the watchdog sleeps until the next: awake it costs 1 % of a CPU, woken 50 us
 PATIENCE = 5.0  # seconds for the proof
 STRANGERS = 256  # connections at a time that have not proved anything yet
+TOLD = 1.0  # seconds between words of connections that were turned away
 UNREAD = 64 << 20  # bytes of answers that wait for one caller
 BACKLOG = 1024
+NO_PROOF = "it left without a proof"
 PATH_LIMIT = 107  # bytes, of the kernel's
 READ = 1 << 16  # bytes; above 128 KB the allocator maps and unmaps memory for each read
 _READABLE, _WRITABLE = select.EPOLLIN, select.EPOLLOUT
+
+
+NEST_SOCKET = "nest.sock"  # in the folder of its node
+
+
+def socket_path(directory: str | Path, pid: int) -> Path:
+    """Where the host with this pid listens."""
+    return Path(directory, f"{pid}.sock")
 
 
 class Caller:
@@ -47,7 +59,7 @@ class Caller:
 
     __slots__ = ("connection", "fileno", "lock", "since", "socket", "stranger", "unsent", "waiting")
 
-    def __init__(self, sock: socket.socket, connection: Connection) -> None:
+    def __init__(self, sock: socket.socket | Encrypted, connection: Connection) -> None:
         self.socket = sock
         self.fileno = sock.fileno()
         self.connection = connection
@@ -56,6 +68,29 @@ class Caller:
         self.lock = threading.Lock()  # guards what is written
         self.unsent: deque[memoryview] = deque()
         self.waiting = 0  # bytes in `unsent`
+
+
+class Refusals:
+    """Connections that were turned away, told together: a flood of them must not become a flood of words."""
+
+    def __init__(self, tell: Callable[[str, int], object]) -> None:
+        self._tell = tell
+        self._why = ""
+        self._count = 0
+        self._told_at = 0.0
+
+    def add(self, why: str) -> None:
+        """One more; the reason of the first is told."""
+        self._why = self._why or why
+        self._count += 1
+        self.tell()
+
+    def tell(self) -> None:
+        """Tells of those not told yet, if it is time."""
+        now = time.monotonic()
+        if self._count and now - self._told_at > TOLD:
+            why, count, self._why, self._count, self._told_at = self._why, self._count, "", 0, now
+            self._tell(why, count)
 
 
 class Answers:
@@ -97,6 +132,8 @@ class Listener:
         full: answers a call for which there is no room; returns at once.
         control: takes an order or a `Withdraw`; returns at once.
         gone: takes a connection that has ended.
+        refused: takes why connections were turned away, and how many, once a second at most.
+        tls: encrypts what comes over TCP.
     """
 
     def __init__(
@@ -112,6 +149,8 @@ class Listener:
         full: Callable[[memoryview], bytes],
         control: Callable[[memoryview], bytes],
         gone: Callable[[Caller], object] = lambda _: None,
+        refused: Callable[[str, int], object] = lambda _, __: None,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self._secret, self._life = secret, life
         self._call, self._full, self._control, self._gone = call, full, control, gone
@@ -132,7 +171,9 @@ class Listener:
         self._began = 0.0  # when the leader began a method; 0 while it reads
         self._latest = 0.0
         self._watching = threading.Event()
-        self.refused = 0  # connections, for people who ask
+        self.refused = 0  # connections
+        self._tls = tls
+        self._tell_refused = Refusals(refused)
         self._path = path
         self.address = self._open(path, ip, ports)
 
@@ -161,7 +202,7 @@ class Listener:
             return f" {name}" if name else ""
         remote = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
         remote.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        _bind(remote, ip, ports)
+        bind(remote, ip, ports)
         self._add_door(remote)
         return f"{ip}:{remote.getsockname()[1]} {name}"
 
@@ -172,6 +213,7 @@ class Listener:
         self._epoll.register(door.fileno(), _READABLE)
 
     def _accept(self, door: socket.socket) -> None:
+        sock: socket.socket | Encrypted
         try:
             sock, _ = door.accept()
         except OSError as error:
@@ -182,13 +224,15 @@ class Listener:
         if self._strangers >= STRANGERS:
             self._turn_out_the_slow()
         if self._strangers >= STRANGERS:
-            self.refused += 1
+            self._note_refused("too many strangers knock at once")
             sock.close()
             return
         sock.setblocking(False)
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             keep_alive(sock)
+            if self._tls is not None:
+                sock = Encrypted(self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False))
         caller = Caller(sock, Connection(self._secret, self._life, os.urandom(32), listens=True))
         self._callers[caller.fileno] = caller
         self._strangers += 1
@@ -205,15 +249,19 @@ class Listener:
         del self._callers[caller.fileno]
         if caller.stranger:
             self._strangers -= 1
+            why = why or NO_PROOF
         if why:
-            self.refused += 1
-            logger.info("a connection was ended: %s", why)
+            self._note_refused(why)
         with contextlib.suppress(OSError):
             self._epoll.unregister(caller.fileno)
         with caller.lock:
             caller.socket.close()
             caller.unsent.clear()
         self._gone(caller)
+
+    def _note_refused(self, why: str) -> None:
+        self.refused += 1
+        self._tell_refused.add(why)
 
     # The leader
 
@@ -270,6 +318,7 @@ class Listener:
                 return  # a method took long, and another thread reads now
         if self._strangers:
             self._turn_out_the_slow()
+        self._tell_refused.tell()
 
     def _look(self) -> list[tuple[int, int]] | None:
         return self._epoll.poll(0) or None
@@ -407,7 +456,12 @@ class Listener:
                 caller.unsent.clear()
 
 
-def _bind(door: socket.socket, ip: str, ports: tuple[int, int] | None) -> None:
+def bind(door: socket.socket, ip: str, ports: tuple[int, int] | None) -> None:
+    """Binds it to a free port of the range, or to any.
+
+    Raises:
+        OSError: none is free; says what to do.
+    """
     if ports is None:
         door.bind((ip, 0))
         return

@@ -30,10 +30,11 @@ class Members:
 
     Args:
         ip: the node's address; a free port is taken.
+        door: where this nest listens, `ip:port`; empty if it is reached by Ray only.
         heard: is told what the core has to know.
     """
 
-    def __init__(self, me: Life, flock_life: str, secret: bytes, ip: str, config: Config, heard: Heard) -> None:
+    def __init__(self, me: Life, flock_life: str, secret: bytes, ip: str, door: str, config: Config, heard: Heard) -> None:
         self._heard = heard
         self._me = me
         self._known: set[str] = set()
@@ -44,16 +45,21 @@ class Members:
                 bind=f"{host}:0",
                 cluster=f"flock_ray-{flock_life}",
                 keys=[derive_key(secret, flock_life)],
-                meta={"node": me.node, "number": str(me.number)},
+                meta={"node": me.node, "number": str(me.number), "door": door},
                 probe_interval=config.probe_interval,
                 probe_timeout=config.probe_timeout,
             )
         )
         self._tasks: list[asyncio.Task[None]] = []
+        self._doors: dict[str, tuple[int, str]] = {}  # by node: of its latest life
 
     @property
     def address(self) -> str:
         return str(self._cluster.local.addr)
+
+    def door(self, node: str) -> str:
+        """Where the nest of a node listens; empty if that is not known."""
+        return self._doors.get(node, (0, ""))[1]
 
     async def start(self) -> None:
         await self._cluster.start()
@@ -97,5 +103,7 @@ class Members:
         if "node" not in member.meta:
             return
         life = Life(member.meta["node"], int(member.meta["number"]))
+        if life.number >= self._doors.get(life.node, (0, ""))[0]:
+            self._doors[life.node] = (life.number, member.meta.get("door", ""))
         if life != self._me:
             self._heard(kind(life))

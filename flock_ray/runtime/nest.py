@@ -27,11 +27,15 @@ from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
 from flock_ray.core import readings, wire
-from flock_ray.core.notices import Notice
+from flock_ray.core.connection import ANSWER, NOTE
+from flock_ray.core.notices import ConnectionsRefused, Notice
 from flock_ray.core.registry import Registry
 from flock_ray.runtime import cluster
 from flock_ray.runtime.hosts import Hosts, surroundings
+from flock_ray.runtime.listener import NEST_SOCKET, Refusals
 from flock_ray.runtime.members import Members
+from flock_ray.runtime.peers import Door, Wire, Wires
+from flock_ray.runtime.tls import contexts
 from flock_ray.specs import Life
 
 logger = logging.getLogger("flock_ray.nest")
@@ -78,7 +82,12 @@ class Nest:
         self._pinned: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._me = ray.get_runtime_context().current_actor
-        self._hosts = Hosts(self._record, node, self._me, self._in_thread, self._handle)
+        tls = contexts()
+        self._tls = tls[0] if tls is not None else None
+        self._wires = Wires(self._record.secret, self._record.life, tls[1] if tls is not None else None, self._not_sent)
+        self._door: Door | None = None
+        self._refusals = Refusals(self._tell_refused)
+        self._hosts = Hosts(self._record, node, self._me, self._in_thread, self._handle, self._turned_away)
         _log_to_stderr()
         self._end_with_the_raylet()
         self._task(self._run())
@@ -104,7 +113,8 @@ class Nest:
         self._hosts.life = life = Life(self._node, number)
         node = self._nodes.get(self._node)
         ip = node.ip if node is not None else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
-        self._members = Members(life, self._record.life, self._record.secret, ip, self._config, self._handle)
+        door = await self._listen(ip) if self._config.wire == "auto" else ""
+        self._members = Members(life, self._record.life, self._record.secret, ip, door, self._config, self._handle)
         self._registry = Registry(life, self._config, random.Random().random)
         await self._members.start()
         mine = node if node is not None else cluster.Node(self._node, ip, 0, (), ())
@@ -115,6 +125,19 @@ class Nest:
         self._booted.set()
         await self._in_thread(cluster.put_address, self._record.life, self._node, self._members.address)
         logger.info("nest %s of flock %r is up, with %d adopted birds", life, self._record.flock, len(adopted))
+
+    async def _listen(self, ip: str) -> str:
+        """Opens the doors for callers, hosts and other nests; where that fails they come by Ray. Returns `ip:port`."""
+        record = self._record
+        path = cluster.session_directory(record.life) / NEST_SOCKET
+        self._door = Door(record.secret, record.life, path, self._heard, lambda why, _: self._refusals.add(why))
+        try:
+            address = await self._door.open(ip, record.config.ports, self._tls)
+        except OSError as error:
+            logger.warning("the nest is reached by this machine's Unix socket and by Ray only: %s", error)
+            address = ""
+        await self._in_thread(cluster.leave_record, record)
+        return address
 
     def _end_with_the_raylet(self) -> None:
         """A worker outlives its raylet by half a minute, measured: a nest without a node would confuse its peers."""
@@ -213,17 +236,25 @@ class Nest:
         self._flushed, self._flush_timer = self._loop.time(), None
         outbox, self._outbox = self._outbox, {}
         for node, letters in outbox.items():
+            door = self._members.door(node) if self._members is not None else ""
+            packed = pickle.dumps(letters, protocol=5)
+            if door and self._wires.send(node, door, NOTE, wire.encode(wire.ForNest("letters"), packed)):
+                continue
             handle = self._peers.get(node)
             if handle is not None:
-                handle.deliver.remote(pickle.dumps(letters))
+                handle.deliver.remote(packed)
             elif node not in self._finding:
                 self._finding.add(node)
-                self._task(self._find(node, letters))
+                self._task(self._find(node, packed))
 
-    async def _find(self, node: str, letters: list[tuple[Life, msg.Envelope]]) -> None:
+    def _not_sent(self, node: str, body: bytes) -> None:
+        """What could not be sent over a socket: letters of nests are lost, as on any network, and sent anew where they matter."""
+        logger.debug("%d bytes for the nest of node %s could not be sent", len(body), node)
+
+    async def _find(self, node: str, letters: bytes) -> None:
         try:
             self._peers[node] = handle = await self._in_thread(cluster.nest_handle, self._record.life, node)
-            handle.deliver.remote(pickle.dumps(letters))
+            handle.deliver.remote(letters)
         except (ray.exceptions.RayError, RuntimeError, OSError, ValueError, TimeoutError):
             logger.debug("the nest of node %s cannot be found", node)  # its messages are lost, as on any network
         finally:
@@ -300,6 +331,34 @@ class Nest:
 
     # What others call
 
+    def _heard(self, link: Wire, kind: int, number: int, body: bytes) -> None:
+        """What came in by the door."""
+        try:
+            head, rest = wire.decode(body)
+            if kind == NOTE:
+                self._take_letters(bytes(rest))
+            else:
+                self._task(self._answer(link, number, _ANSWERED[head.what], bytes(rest)))
+        except Exception:
+            logger.exception("a message could not be read; its sender is cut off")
+            link.end("its message could not be read")
+
+    async def _answer(self, link: Wire, number: int, handler: Callable[..., Awaitable[bytes | None]], body: bytes) -> None:
+        try:
+            answer = await (handler(self, body) if body else handler(self))
+        except Exception:
+            logger.exception("a request could not be answered; who sent it is cut off")
+            link.end("its request could not be answered")
+        else:
+            link.send(ANSWER, number, answer or b"")
+
+    def _turned_away(self, where: str, why: str, count: int) -> None:
+        if self._registry is not None:
+            self._do_Emit(do.Emit(ConnectionsRefused(self._registry.me, where, why, count)))
+
+    def _tell_refused(self, why: str, count: int) -> None:
+        self._turned_away("nest", why, count)
+
     async def ask(self, request: bytes) -> bytes:
         """A client's request: a pickled event of `core/events.py`; the answer is a pickled outcome. May take as long as its timeout."""
         event = pickle.loads(request)
@@ -338,6 +397,9 @@ class Nest:
 
     async def deliver(self, letters: bytes) -> None:
         """Messages of another nest; those for an earlier life of this one are nobody's."""
+        self._take_letters(letters)
+
+    def _take_letters(self, letters: bytes) -> None:
         for to, envelope in pickle.loads(letters):
             if self._registry is not None and to == self._registry.me:
                 self._handle(ev.Received(envelope))
@@ -356,6 +418,9 @@ class Nest:
 
     async def pid(self) -> int:
         return os.getpid()
+
+    async def packed_pid(self) -> bytes:
+        return pickle.dumps(os.getpid())
 
     async def ready(self) -> None:
         """Returns when this nest has its view and acts."""
@@ -377,6 +442,10 @@ class Nest:
         if self._members is not None:
             await self._members.close()
         await self._in_thread(cluster.drop_address, self._record.life, self._node)
+        await self._in_thread(cluster.remove_record, self._record)
+        self._wires.close()
+        if self._door is not None:
+            self._door.close()
         self._hosts.clear_up()
         ray.actor.exit_actor()  # type: ignore[no-untyped-call]  # Ray has no types here
 
@@ -403,6 +472,15 @@ class Nest:
             logger.error("a part of the nest broke; Ray starts it again", exc_info=task.exception())
             _flush_all(logging.getLogger().handlers)
             os._exit(1)
+
+
+_ANSWERED: dict[str, Callable[..., Awaitable[bytes | None]]] = {
+    "ask": Nest.ask,
+    "read": Nest.read,
+    "say": Nest.host_says,
+    "pid": Nest.packed_pid,
+    "ready": Nest.ready,
+}
 
 
 def _log_to_stderr() -> None:

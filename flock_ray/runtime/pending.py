@@ -22,7 +22,8 @@ from flock_ray import errors
 from flock_ray.core import wire
 from flock_ray.runtime import payload
 from flock_ray.runtime.deadlines import SLACK
-from flock_ray.runtime.links import Down, Link, NoAnswer, Raw, Reply
+from flock_ray.runtime.links import Link
+from flock_ray.runtime.replies import Down, NoAnswer, Raw, Reply
 from flock_ray.specs import Dot, Name
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ import contextlib
 import os
 import select
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -28,9 +29,10 @@ from functools import partial
 from pathlib import Path
 
 from flock_ray.core.connection import CONTROL, Connection, ProtocolError, frame
-from flock_ray.runtime.links import Down, NoAnswer, Raw, Urgency
 from flock_ray.runtime.listener import READ, keep_alive
+from flock_ray.runtime.replies import Down, NoAnswer, Raw, Urgency
 from flock_ray.runtime.spin import Spin
+from flock_ray.runtime.tls import Encrypted
 
 CONNECT = 2.0  # seconds for a connection and the proofs; then the way is Ray's
 LONG = 1.0  # seconds of one wait in the kernel
@@ -136,13 +138,14 @@ class SocketLink:
         secret, life: the flock's.
         address: as `Listener.address` has it.
         folder: of the host's Unix socket, if it is on this machine.
+        tls: encrypts what goes over TCP.
 
     Raises:
         OSError: it cannot be reached.
         ProtocolError: what listens there does not hold the flock's secret.
     """
 
-    def __init__(self, secret: bytes, life: str, address: str, folder: Path) -> None:
+    def __init__(self, secret: bytes, life: str, address: str, folder: Path, tls: ssl.SSLContext | None = None) -> None:
         self.mutex = threading.Lock()  # guards the replies' states, and the next two
         self.watched = 0  # replies that have callbacks, and no event loop that reads
         self._sleepers: dict[WireReply, threading.Lock] = {}
@@ -157,8 +160,8 @@ class SocketLink:
         self._flush_posted = False
         self._gone = False
         self._connection = Connection(secret, life, os.urandom(32), listens=False)
-        self._socket = _connect(address, folder)
-        self.local = self._socket.family == socket.AF_UNIX
+        sock = _connect(address, folder, tls)
+        self.local = sock.family == socket.AF_UNIX
         self.path = "unix" if self.local else "tcp"
         self.used_at = float("inf") if self.local else 0.0  # on this machine the kernel tells at once of a host's end: no ping is needed
         self._looked_at = 0.0
@@ -166,15 +169,15 @@ class SocketLink:
         self._view = memoryview(self._data)
         self._spin = Spin()
         try:
-            self._shake_hands()
+            self._shake_hands(sock)
         except BaseException:
-            self._socket.close()
+            sock.close()
             raise
+        self._socket = Encrypted(sock) if isinstance(sock, ssl.SSLSocket) else sock
         self._poll = select.poll()
         self._poll.register(self._socket.fileno(), select.POLLIN)
 
-    def _shake_hands(self) -> None:
-        sock = self._socket
+    def _shake_hands(self, sock: socket.socket) -> None:
         sock.settimeout(CONNECT)
         sock.sendall(self._connection.greeting())
         while not self._connection.open:
@@ -484,7 +487,7 @@ class Reader:
 _reader = Reader()
 
 
-def _connect(address: str, folder: Path) -> socket.socket:
+def _connect(address: str, folder: Path, tls: ssl.SSLContext | None) -> socket.socket:
     """Over the Unix socket if it is there, else over TCP."""
     remote, _, name = address.partition(" ")
     if name and (folder / name).exists():
@@ -502,4 +505,10 @@ def _connect(address: str, folder: Path) -> socket.socket:
     sock = socket.create_connection((ip, int(port)), CONNECT)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     keep_alive(sock)
-    return sock
+    if tls is None:
+        return sock
+    try:
+        return tls.wrap_socket(sock)
+    except BaseException:
+        sock.close()
+        raise

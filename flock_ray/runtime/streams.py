@@ -15,8 +15,9 @@ from typing import Any, Generic, NoReturn, TypeVar
 from flock_ray import errors
 from flock_ray.core import wire
 from flock_ray.runtime import inside, payload
-from flock_ray.runtime.links import Down, Link, NoAnswer, Reply, Urgency, answer_of
+from flock_ray.runtime.links import Link
 from flock_ray.runtime.pending import FOREVER, Opened, Pending, open_raw, value_of
+from flock_ray.runtime.replies import Down, NoAnswer, Reply, Urgency, answer_of
 
 T_co = TypeVar("T_co", covariant=True)
 

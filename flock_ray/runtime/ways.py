@@ -7,18 +7,24 @@ arguments and as results. The host keeps each caller's order whatever way its me
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from flock_ray.config import Config
+from flock_ray.core import wire
 from flock_ray.core.connection import CALL, LONGEST, ProtocolError
 from flock_ray.runtime import cluster
 from flock_ray.runtime.courier import Courier
-from flock_ray.runtime.links import Link, NoAnswer, Raw, RayLink, RayLinks, RayReply, Reply, Urgency
+from flock_ray.runtime.links import Link, NestLink, RayLink, RayLinks, RayReply
+from flock_ray.runtime.listener import NEST_SOCKET
+from flock_ray.runtime.replies import Down, NoAnswer, Raw, Reply, Urgency
 from flock_ray.runtime.sockets import SocketLink
+from flock_ray.runtime.tls import contexts
 from flock_ray.specs import Route
 
 AGAIN = 30.0  # seconds until a node that no socket reached is tried again
@@ -68,8 +74,17 @@ class DirectLink(SocketLink):
         others: as `SocketLink`.
     """
 
-    def __init__(self, secret: bytes, life: str, address: str, folder: Path, courier: Courier, ray_link: Callable[[], RayLink]) -> None:
-        super().__init__(secret, life, address, folder)
+    def __init__(
+        self,
+        secret: bytes,
+        life: str,
+        address: str,
+        folder: Path,
+        courier: Courier,
+        ray_link: Callable[[], RayLink],
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        super().__init__(secret, life, address, folder, tls)
         self._courier = courier
         self._find_ray_link = ray_link
         self._lock = Lock()
@@ -123,6 +138,20 @@ class DirectLink(SocketLink):
             later.set_result(reply)
 
 
+class DirectNestLink(SocketLink):
+    """The way to the nest of this node over its socket."""
+
+    def ask(self, request: bytes) -> Reply:
+        return self.transmit(CALL, wire.encode(wire.ForNest("ask"), request))
+
+    def read(self, query: bytes) -> Reply:
+        return self.transmit(CALL, wire.encode(wire.ForNest("read"), query))
+
+    def ready(self, timeout: float) -> None:
+        """Waits until it has its view and acts. Raises `Down`, `NoAnswer`."""
+        self.transmit(CALL, wire.encode(wire.ForNest("ready"))).get(timeout)
+
+
 class Ways(RayLinks):
     """Links to the hosts of one flock."""
 
@@ -131,6 +160,40 @@ class Ways(RayLinks):
         self._courier = courier
         self._direct: dict[str, DirectLink] = {}
         self._unreached: dict[str, float] = {}  # until when no socket to a node is tried
+        tls = contexts()
+        self._tls = tls[1] if tls is not None else None
+
+    def nest(self, flock: str, timeout: float) -> NestLink:
+        """Over the nest's socket if it can be found without the head, else with its help. May block. Raises `FlockNotRunning`."""
+        direct = self._direct_nest(flock)
+        if direct is not None:
+            return direct
+        by_ray = super().nest(flock, timeout)
+        return self._direct_nest(flock) or by_ray
+
+    def _direct_nest(self, flock: str) -> DirectNestLink | None:
+        if cluster.is_ray_client() or not cluster.initialized():
+            return None
+        record = cluster.record_of(flock) or cluster.record_left(flock)
+        if record is None or record.ending or record.config.wire != "auto":
+            return None
+        try:
+            link = DirectNestLink(record.secret, record.life, f" {NEST_SOCKET}", cluster.folder_of(record, cluster.node_id()))
+        except (OSError, ProtocolError):
+            return None
+        cluster.remember(record)
+        return link
+
+    def ensure(self, flock: str, settings: Mapping[str, Any]) -> Config:
+        """As `RayLinks.ensure`; without the head if the flock is here already and no settings are to be compared."""
+        direct = self._direct_nest(flock) if not settings else None
+        if direct is not None:
+            try:
+                direct.ready(cluster.BOOT_SECONDS)
+            except (Down, NoAnswer):
+                return super().ensure(flock, settings)
+            return cluster.config_of(flock)
+        return super().ensure(flock, settings)
 
     def host(self, route: Route) -> Link:
         """Over a socket if the host listens and can be reached, else over Ray. May block. Raises `Down` if the host is gone."""
@@ -149,8 +212,8 @@ class Ways(RayLinks):
         if not route.address or record is None or cluster.is_ray_client() or self._unreached.get(route.node, 0.0) > time.monotonic():
             return None
         try:
-            folder = cluster.folder_of(self.flock, route.node)
-            return DirectLink(record.secret, record.life, route.address, folder, self._courier, lambda: self.ray_host(route))
+            folder = cluster.folder_of(record, route.node)
+            return DirectLink(record.secret, record.life, route.address, folder, self._courier, lambda: self.ray_host(route), self._tls)
         except ConnectionRefusedError:
             return None  # the host is gone, or a firewall says no: Ray knows
         except (OSError, ProtocolError):

@@ -11,7 +11,7 @@ from typing import Any
 from flock_ray.config import Config
 from flock_ray.core import events as ev
 from flock_ray.core import wire
-from flock_ray.runtime.links import Down, NoAnswer, Raw
+from flock_ray.runtime.replies import Down, NoAnswer, Raw
 from flock_ray.specs import Dot, Life, Name, Route
 
 

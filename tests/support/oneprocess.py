@@ -19,7 +19,8 @@ from flock_ray.runtime.courier import Courier
 from flock_ray.runtime.host import HostBoot
 from flock_ray.runtime.life_async import AsyncHost
 from flock_ray.runtime.life_sync import SyncHost
-from flock_ray.runtime.links import Down, NoAnswer, Raw, RayLink
+from flock_ray.runtime.links import RayLink
+from flock_ray.runtime.replies import Down, NoAnswer, Raw
 from flock_ray.runtime.ways import DirectLink
 from flock_ray.specs import Dot, Life, Options, Route, Spec, Stamp
 from tests.support.fakelinks import World

@@ -17,7 +17,7 @@ from flock_ray.core import wire
 from flock_ray.runtime import inside, lanes
 from flock_ray.runtime.client import DEFAULT, Client, culprit
 from flock_ray.runtime.courier import Courier
-from flock_ray.runtime.links import Down
+from flock_ray.runtime.replies import Down
 from flock_ray.specs import Dot, Life, Options, Spec, Stamp
 from tests.support.fakelinks import World
 

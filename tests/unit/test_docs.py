@@ -219,7 +219,7 @@ def test_every_option_is_in_its_table_with_its_default():
 def test_the_tables_of_the_api_have_every_public_name_and_no_other():
     functions = {name for row in rows(section("API")) for name in re.findall(r"^`(\w+)\(", row[0])}
     errors = {name for row in rows(section("Errors")) for name in re.findall(r"^`(\w+)`", row[0])}
-    values = {"Bird", "BirdInfo", "Config", "Flock", "FlockError", "Me", "Method", "NestInfo", "Timer", "aio"}
+    values = {"Bird", "BirdInfo", "Config", "Flock", "FlockError", "Me", "Method", "NestInfo", "Stream", "Timer", "aio"}
     assert all(f"`{name}" in README or f"`flock_ray.{name}" in README for name in values)
     assert functions | errors | values == set(flock_ray.__all__)
 

@@ -13,8 +13,8 @@ import pytest
 from flock_ray.core.connection import CALL, Connection, ProtocolError, frame
 from flock_ray.runtime import listener as listener_module
 from flock_ray.runtime import sockets
-from flock_ray.runtime.links import Down, NoAnswer, Urgency
 from flock_ray.runtime.listener import Listener
+from flock_ray.runtime.replies import Down, NoAnswer, Urgency
 from flock_ray.runtime.sockets import SocketLink
 
 SECRET, LIFE = b"s" * 32, "0123456789ab"
