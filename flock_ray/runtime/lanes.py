@@ -41,6 +41,7 @@ FRESH = 0.2  # seconds
 PING_SECONDS = 2.0  # a busy host is given the benefit of the doubt after this; a dead one is known before
 AVOID_SECONDS = 3.0  # how long another route is insisted on; a bird can come back to where it was
 HEADS = 256  # methods (and chains) of one bird whose heads a lane keeps
+A_FEW = 256  # messages
 FULL_PAUSE = 0.02  # seconds before a bird whose mailbox was full is tried again
 RETRY_PAUSE = 0.05  # seconds before a host that could not be reached is tried again
 
@@ -71,7 +72,7 @@ class Lane:
         self._sent: dict[int, Pending] = {}  # by order
         self._queue: deque[Pending] = deque()
         self._closed = False  # the courier is at work
-        self._full = False  # the host has said so, and nothing has been taken since
+        self._full = False  # the bird's mailbox is, and not all that was refused is sent again
         self._watching = False
         self._avoid: Route | None = None
         self._nudge: asyncio.Event | None = None
@@ -343,11 +344,15 @@ class Lane:
         return True
 
     async def _wait_for_room(self, way: Way) -> bool:
-        """The bird is there, and its mailbox was full: sends again in a while."""
+        """The bird is there, and its mailbox was full: sends again in a while, a few at a time lest all of them be refused again."""
         await asyncio.sleep(FULL_PAUSE)
-        self._expects()
         with self.lock:
             self._connect(way)
+        while self._expects() and not self._flush(A_FEW):
+            await asyncio.sleep(FULL_PAUSE)
+            with self.lock:
+                if way.link.lost() or any(message.fate is not None for message in self._sent.values()):
+                    return False
         return self._flush()
 
     async def _settle_sent(self) -> Way | None:
@@ -495,8 +500,15 @@ class Lane:
         for message in messages:
             message.finish(error)
 
-    def _flush(self) -> bool:
-        """Sends what has queued up, and opens the lane."""
+    def _flush(self, most: float = FOREVER) -> bool:
+        """Sends what has queued up, and opens the lane.
+
+        Args:
+            most: so many messages may be unanswered at a time.
+
+        Returns:
+            False if something is left, and the lane closed.
+        """
         failed: list[tuple[Pending, Exception]] = []
         watched: list[tuple[Pending, Reply]] = []
         casts: list[tuple[Pending, Reply]] = []
@@ -504,8 +516,7 @@ class Lane:
             way = self._way
             if self._queue and way is None:
                 return False
-            self._full = False
-            while self._queue and way is not None:
+            while self._queue and way is not None and len(self._sent) < most:
                 message = self._queue.popleft()
                 if message.finished:
                     continue
@@ -521,11 +532,12 @@ class Lane:
                     self._watch()
                 if message.cast:
                     casts.append((message, reply))
-            self._closed = False
+            self._closed = bool(self._queue)
+            self._full = self._full and self._closed
         for message, reply in watched:
             message.watch(reply)
         for message, reply in casts:
             reply.tell(partial(self.take, message, reply))
         for message, reason in failed:
             message.finish(reason)
-        return True
+        return not self._closed

@@ -222,7 +222,7 @@ class World:
 
     def host(self, route: Route) -> FakeHost:
         host = self.hosts[route.host]
-        if host.gone:
+        if host.lost():
             raise Down("gone", ran=False)
         return host
 

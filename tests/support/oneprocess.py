@@ -100,14 +100,24 @@ class Pair:
         wire: "unix", "tcp", or "ray".
     """
 
-    def __init__(self, folder: Path, wire: str, cls: type, *, is_async: bool = False, mailbox: int = 100_000, **config: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        wire: str,
+        cls: type,
+        *,
+        is_async: bool = False,
+        mailbox: int = 100_000,
+        name: str = "h",
+        state: bytes | None = None,
+        **config: Any,
+    ) -> None:
         self.nest = Nest()
         self.codes: list[int] = []
-        boot = HostBoot(
-            "async:h" if is_async else "h", "default", LIFE, 1e6, str(folder), "01", (), os.getpid(), Life("node", 1), mailbox, SECRET
-        )
+        host = f"async:{name}" if is_async else name
+        boot = HostBoot(host, "default", LIFE, 1e6, str(folder), "01", (), os.getpid(), Life("node", 1), mailbox, SECRET)
         spec = Spec("m", "C", "digest", pickle.dumps(((), {})), Options(), None, Stamp(0, 0), "r")
-        order = pickle.dumps(HatchOrder("default", "a", DOT, 1, spec, cloudpickle.dumps(cls), 0, 0, None, False))
+        order = pickle.dumps(HatchOrder("default", "a", DOT, 1, spec, cloudpickle.dumps(cls), 0, 0, state, state is not None))
         self.loop: asyncio.AbstractEventLoop | None = None
         kind = AsyncHost if is_async else SyncHost
         self.host: Any = kind(boot, self.nest, "node", None, self.codes.append)
@@ -124,7 +134,15 @@ class Pair:
         self.route = Route("a", DOT, 1, "node", boot.host, self.host.address)
         where = folder if wire == "unix" else folder / "nowhere"
         self.link: Any = self.actor if wire == "ray" else DirectLink(SECRET, LIFE, self.host.address, where, COURIER, lambda: self.actor)
+        self.world.hosts[boot.host] = self.link
+        self.world.routes["a"] = self.route
         self.client.learn(self.route, self.link)
+
+    def also(self, other: Pair) -> None:
+        """The bird is in another host now."""
+        self.world.hosts[other.route.host] = other.link
+        self.world.routes["a"] = other.route
+        self.world.the_nest.look()
 
     def call(self, method: str, *args: Any, timeout: float | None = 10.0) -> Any:
         return self.client.call("a", None, method, args, {}, timeout, False)

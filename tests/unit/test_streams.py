@@ -12,6 +12,7 @@ import pytest
 
 from flock_ray import errors
 from flock_ray.core import wire
+from flock_ray.core import wire as codec
 from flock_ray.runtime import inside
 from tests.support.oneprocess import DOT, Pair
 
@@ -565,3 +566,84 @@ def test_aio_times_out_and_takes_its_call_back(pair):
     GO.set()
     assert holding.result(5) is None
     assert "late" not in pair.call("everything")
+
+
+# Moves
+
+
+def move(pair, folder, wire, cls, is_async_bird, delay):
+    """The bird of `pair` ends in good order, and another life of it takes over what it had; returns that."""
+    time.sleep(delay)
+    pair.host.control(codec.encode(codec.EndOrder(DOT, 1, "moved", True, 10.0)))
+    until(lambda: any(isinstance(word, codec.LifeEnded) for word in pair.nest.words), "it has ended")
+    (ended,) = [word for word in pair.nest.words if isinstance(word, codec.LifeEnded)]
+    folder.mkdir()
+    after = Pair(folder, wire, cls, is_async=is_async_bird, name="h2", state=ended.state)
+    pair.also(after)
+    return after
+
+
+class Moving(Source):
+    """Its state moves along."""
+
+    def hand_over(self):
+        return self.got
+
+    def take_over(self, got):
+        self.got = got
+
+
+class AsyncMoving(AsyncSource):
+    def hand_over(self):
+        return self.got
+
+    def take_over(self, got):
+        self.got = got
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.03, 0.1])
+@pytest.mark.parametrize("cls", [Moving, AsyncMoving])
+def test_nothing_is_lost_doubled_or_disordered_by_a_move(tmp_path, way, cls, delay):
+    """C2: casts, of which few are answered, futures, and coroutines of several callers, over a move in the middle."""
+    is_async_bird = cls is AsyncMoving
+    pair = Pair(tmp_path / "1", way, cls, is_async=is_async_bird, call_timeout=20.0)
+    count, wrong, sent = (1500 if way == "ray" else 4000), [], threading.Barrier(4)
+
+    def threads(k):
+        sent.wait()
+        futures = []
+        for n in range(count):
+            try:
+                if n % 4:
+                    pair.cast("put", (k, n))
+                else:
+                    futures.append((n, pair.future("put", (k, n), timeout=20.0)))
+            except errors.MailboxFull as error:
+                wrong.append(error)
+        wrong.extend((k, n, got) for n, future in futures if (got := future.result(20)) != (k, n))
+
+    def loops(k):
+        async def go():
+            sent.wait()
+            for n in range(0, count, 100):
+                got = await asyncio.gather(*(pair.aio("put", (k, n + i), timeout=20.0) for i in range(100)))
+                if got != [(k, n + i) for i in range(100)]:
+                    wrong.append((k, n))
+
+        asyncio.run(go())
+
+    workers = [threading.Thread(target=work, args=(k,)) for k, work in enumerate((threads, threads, loops))]
+    for worker in workers:
+        worker.start()
+    sent.wait()
+    after = move(pair, tmp_path / "2", way, cls, is_async_bird, delay)
+    for worker in workers:
+        worker.join(40)
+    assert not any(worker.is_alive() for worker in workers)
+    assert not wrong, wrong[:3]
+    until(lambda: all(lane.idle for lane in pair.client._lanes), "all is delivered")
+    got = list(pair.call("everything"))
+    for k in range(3):
+        assert [n for who, n in got if who == k] == list(range(count)), f"caller {k}"
+    pair.close()
+    after.close()
