@@ -152,12 +152,12 @@ class SocketLink:
         self._writing = threading.Lock()  # guards the next five
         self._replies: dict[int, WireReply] = {}  # by number
         self._next = 0
-        self._unsent: deque[tuple[int, bytes]] = deque()  # number of the frame, and what of it is not written yet
-        self._unsent_bytes = 0
+        self.unsent: deque[tuple[int, bytes]] = deque()  # number of the frame, and what of it is not written yet
+        self._unsent_size = 0
         self._wrote_at = 0.0
         self._reading = threading.Lock()
         self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()  # that look whether there is something to read
-        self._flush_posted = False
+        self._flushes: asyncio.AbstractEventLoop | None = None  # that will write what is to be written together
         self._gone = False
         self._connection = Connection(secret, life, os.urandom(32), listens=False)
         sock = _connect(address, folder, tls)
@@ -234,37 +234,37 @@ class SocketLink:
                 reply.is_over(Down("the host's connection is closed", ran=False))
                 return reply
             self._replies[number] = reply
-            unsent = self._unsent
+            unsent = self.unsent
             data = frame(kind, number, message)
             if urgency is Urgency.NOW:
                 unsent.append((number, data))
-                self._unsent_bytes += len(data)
+                self._unsent_size += len(data)
                 left = self._write()
             else:
                 now = time.monotonic()
                 unsent.append((number, data))
-                self._unsent_bytes += len(data)
+                self._unsent_size += len(data)
                 alone = len(unsent) == 1
-                if (alone and now - self._wrote_at > BURST) or self._unsent_bytes > TOGETHER:
+                if (alone and now - self._wrote_at > BURST) or self._unsent_size > TOGETHER:
                     left = self._write()
                 else:
                     left = alone and urgency is Urgency.SOON
                 self._wrote_at = now
         if left:
-            _reader.arm(self, write=True)
+            _reader.arm(self)
         return reply
 
     def flush(self) -> None:
         """Writes what was kept to be written together."""
-        if self._unsent:
+        if self.unsent:
             with self._writing:
                 left = self._write()
             if left:
-                _reader.arm(self, write=True)
+                _reader.arm(self)
 
     def _write(self) -> bool:
         """Writes what the peer takes. True if something is left, or if the connection has broken. Whoever calls it holds `_writing`."""
-        unsent = self._unsent
+        unsent = self.unsent
         while unsent:
             number, data = unsent[0]
             count = 1
@@ -285,7 +285,7 @@ class SocketLink:
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)  # whoever reads finds it, and settles all
                 return True
-            self._unsent_bytes -= sent
+            self._unsent_size -= sent
             if sent == len(data):
                 for _ in range(count):
                     unsent.popleft()
@@ -349,7 +349,7 @@ class SocketLink:
     def watch(self) -> None:
         """An answer is watched that perhaps no thread waits for."""
         if not self._reading.locked():
-            _reader.arm(self, write=bool(self._unsent))
+            _reader.arm(self)
 
     def look(self) -> None:
         """Takes what is there, and waits for nothing."""
@@ -365,12 +365,12 @@ class SocketLink:
         if loop not in self._loops:
             self._loops.add(loop)
             loop.add_reader(self.fileno, self._look_on, loop)
-        if self._unsent and not self._flush_posted:
-            self._flush_posted = True
+        if self.unsent and self._flushes is not loop:
+            self._flushes = loop
             loop.call_soon(self._flush_on_loop)
 
     def _flush_on_loop(self) -> None:
-        self._flush_posted = False
+        self._flushes = None
         self.flush()
 
     def _look_on(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -433,9 +433,9 @@ class SocketLink:
         self._gone = True
         with self._writing:
             replies, self._replies = self._replies, {}
-            unsent = {number for number, _ in self._unsent}
-            self._unsent.clear()
-            self._unsent_bytes = 0
+            unsent = {number for number, _ in self.unsent}
+            self.unsent.clear()
+            self._unsent_size = 0
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         for loop in tuple(self._loops):
@@ -460,14 +460,15 @@ class Reader:
         self._epoll: select.epoll | None = None
         self._links: weakref.WeakValueDictionary[int, SocketLink] = weakref.WeakValueDictionary()
 
-    def arm(self, link: SocketLink, *, write: bool = False) -> None:
-        """Has the link read once, as soon as there is something to read, or written to, as soon as its peer takes something."""
+    def arm(self, link: SocketLink) -> None:
+        """Has the link read once, as soon as there is something to read; and written to, if something is left to be written."""
         with self._lock:
             if self._epoll is None:
                 self._epoll = select.epoll()
                 threading.Thread(target=self._run, args=(self._epoll,), name="flock_ray reader", daemon=True).start()
             self._links[link.fileno] = link
-            flags = select.EPOLLIN | select.EPOLLONESHOT | (select.EPOLLOUT if write else 0)
+            # Whoever arms it last decides, also for who has armed it to have something written: so that is looked at each time.
+            flags = select.EPOLLIN | select.EPOLLONESHOT | (select.EPOLLOUT if link.unsent else 0)
             try:
                 self._epoll.modify(link.fileno, flags)
             except FileNotFoundError:
