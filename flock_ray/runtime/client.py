@@ -31,6 +31,7 @@ from flock_ray.specs import Dot, Name, Route
 DEFAULT = Default.TIMEOUT
 ROUTES = 65_536  # names whose route is kept
 LANES = 4_096  # lanes a caller keeps before it drops those with nothing under way
+LOOK_AGAIN = 0.05  # seconds; `ray.shutdown` and another `ray.init` take longer, and the look a fifth of what a cast costs
 FLUSH_SECONDS = 1.0  # how long the end of a process, or `shutdown`, waits for casts to be delivered
 
 
@@ -43,6 +44,7 @@ class Client:
         self.courier = courier
         self.clock = clock
         self.session = links.session()
+        self.looked_at = 0.0  # when it was seen that Ray's session is still this one
         self.asks = Asks(flock, links, courier, clock)
         self.deadlines = Deadlines()
         self._process = uuid.uuid4().hex[:16]
@@ -118,7 +120,8 @@ class Client:
         message = Pending(self._lane(name, now_inside), dot, method, body, extra, chain, timeout, retry)
         if chain and (self.flock, name) in chain:
             message.in_chain = True
-        message.cast, message.detached, message.stream = cast, detached, stream
+        if cast or detached or stream:
+            message.cast, message.detached, message.stream = cast, detached, stream
         self.give_time(message)
         return message
 
@@ -254,8 +257,12 @@ def client_of(flock: str) -> Client:
         FlockNotRunning: Ray is not initialised.
     """
     client = _clients.get(flock)
+    now = time.monotonic()
+    if client is not None and now - client.looked_at < LOOK_AGAIN and _links.is_up():
+        return client
     session = _links.session()
     if client is not None and client.session == session:
+        client.looked_at = now
         return client
     with _lock:
         client = _clients.get(flock)

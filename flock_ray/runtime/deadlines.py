@@ -5,6 +5,7 @@ that are due at about the same time share one.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import weakref
 from typing import TYPE_CHECKING
@@ -21,15 +22,17 @@ class Deadlines:
 
     def __init__(self) -> None:
         self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, set[Pending]]] = weakref.WeakKeyDictionary()
+        self._local = threading.local()  # the loop that ran last here, and its slots: nearly always the one that runs now
 
     def add(self, message: Pending) -> None:
         """Has it expire in time, by the running event loop."""
         if message.deadline == float("inf") or message.finished:
             return
         loop = asyncio.get_running_loop()
-        slots = self._by_loop.get(loop)
-        if slots is None:
-            slots = self._by_loop[loop] = {}
+        known = getattr(self._local, "known", None)
+        if known is None or known[0]() is not loop:
+            known = self._local.known = (weakref.ref(loop), self._by_loop.setdefault(loop, {}))
+        slots = known[1]
         slot = int(message.deadline / GRAIN) + 1
         due = slots.get(slot)
         if due is None:

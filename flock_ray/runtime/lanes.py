@@ -53,6 +53,7 @@ class Way(NamedTuple):
     link: Link
 
 
+_TURNED_AWAY = ("moved", "full")
 _PING = wire.encode(wire.Withdraw("", 0))
 
 
@@ -184,50 +185,49 @@ class Lane:
 
     def settle(self, message: Pending, reply: Reply, outcome: Opened | Exception) -> None:
         """Takes what became of a message. The second to say so is ignored."""
+        kind = outcome.answer.kind if isinstance(outcome, Opened) else ""
+        if kind == "parcel" and isinstance(outcome, Opened):
+            self._fetch(message, reply, outcome.answer.text)
+            return
+        fate = outcome if isinstance(outcome, Down) else kind if kind in _TURNED_AWAY else None
         forgotten: list[Reply] = []
         with self.lock:
             if message.reply is not reply or message.fate is not None:
                 return
-            fate: str | Down | None = None
-            fetched: Reply | None = None
-            if isinstance(outcome, Opened):
-                kind = outcome.answer.kind
-                if kind == "parcel" and message.link is not None:
-                    fetched = message.reply = message.link.fetch(outcome.answer.text)
-                elif kind in ("moved", "full"):
-                    fate = kind
-            elif isinstance(outcome, Down):
-                fate = outcome
-            if fetched is None:
-                if message.begun:  # the lane has forgotten it, and may be on another way: only its own answer matters
-                    message.begun = False
-                    if fate is not None:
-                        message.fate = fate
-                        if message.again:
-                            message.reply = None
-                            self._queue.append(message)  # as if it came last
-                            self._close()
-                            return
-                        outcome = self._may_have_run(message)
-                elif self._sent.get(message.order) is not message:
-                    return
-                elif fate is not None:
+            if message.begun:  # the lane has forgotten it, and may be on another way: only its own answer matters
+                message.begun = False
+                if fate is not None:
                     message.fate = fate
-                    self._full = fate == "full"
-                    self._close()
-                    return
-                else:
-                    del self._sent[message.order]
-                    if self._way is not None and isinstance(outcome, Opened):
-                        self._way.link.heard(self.client.clock())
-                        forgotten = self._forget_before(message.order)
+                    if message.again:
+                        message.reply = None
+                        self._queue.append(message)  # as if it came last
+                        self._close()
+                        return
+                    outcome = self._may_have_run(message)
+            elif self._sent.get(message.order) is not message:
+                return
+            elif fate is not None:
+                message.fate = fate
+                self._full = fate == "full"
+                self._close()
+                return
+            else:
+                del self._sent[message.order]
+                if self._way is not None and isinstance(outcome, Opened):
+                    self._way.link.heard(self.client.clock())
+                    forgotten = self._forget_before(message.order)
         for each in forgotten:
             each.forget()
-        if fetched is not None:
-            if message.is_watched:
-                message.watch(fetched)
-        else:
-            message.finish(outcome)
+        message.finish(outcome)
+
+    def _fetch(self, message: Pending, reply: Reply, parcel: str) -> None:
+        """The answer itself comes by Ray."""
+        with self.lock:
+            if message.reply is not reply or message.link is None:
+                return
+            fetched = message.reply = message.link.fetch(parcel)
+        if message.is_watched:
+            message.watch(fetched)
 
     def take(self, message: Pending, reply: Reply) -> None:
         """Settles a message whose reply is there."""

@@ -51,8 +51,9 @@ class SyncLife(HostedLife):
         refused = self._at_the_door(head, order)
         if refused is not None:
             return refused
-        self._order.wait(head.caller, order)
-        self._turns.enter()
+        gate = self._order.wait(head.caller, order, self._turns.line_up)
+        if gate is not None:
+            gate.acquire()
         try:
             refused = self._turned_away(head, order)
             if refused is not None:

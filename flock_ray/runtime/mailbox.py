@@ -11,6 +11,9 @@ import asyncio
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 GAP = 1.0  # seconds a message waits for a missing one; longer keeps order over slower links, shorter stalls less for a lost one
 CALLERS = 10_000  # callers whose place is remembered; one forgotten waits GAP once
@@ -27,14 +30,20 @@ class Turns:
 
     def enter(self) -> None:
         """Waits for a turn."""
+        gate = self.line_up()
+        if gate is not None:
+            gate.acquire()
+
+    def line_up(self) -> threading.Lock | None:
+        """Takes a place in the line and returns: what to acquire, or `None` if it is one's turn."""
         with self._lock:
             if self._free:
                 self._free -= 1
-                return
+                return None
             gate = threading.Lock()
             gate.acquire()
             self._waiting.append(gate.release)
-        gate.acquire()
+        return gate
 
     def enter_later(self, granted: Callable[[], object]) -> None:
         """Takes a place in the line and returns; `granted` is called when it is its turn, and must return at once."""
@@ -115,13 +124,19 @@ class ThreadOrder:
         self._order = Order()
         self._changed = threading.Condition()
 
-    def wait(self, caller: str, order: int) -> None:
-        """Waits until all earlier messages of the caller have begun, or one is missing for `gap` seconds; then this one has begun."""
+    def wait(self, caller: str, order: int, line_up: Callable[[], T]) -> T:
+        """Waits until all earlier messages of the caller have begun, or one is missing for `gap` seconds; then this one has begun.
+
+        Args:
+            line_up: takes its place where what has begun waits for its turn; before the next message may do so.
+        """
         with self._changed:
             if not self._order.may_begin(caller, order):
                 self._wait(caller, order)
+            place = line_up()
             if self._order.begun(caller, order):
                 self._changed.notify_all()
+        return place
 
     def _wait(self, caller: str, order: int) -> None:
         self._order.early(caller, order)

@@ -34,6 +34,7 @@ from ray.actor import ActorHandle
 
 OUT_OF_BAND = 100_000  # bytes: Ray's own `max_direct_call_object_size`; what is smaller would be copied by Ray anyway
 
+_ATOMS = frozenset({int, float, bool, str, bytes, type(None)})
 _MODULE = __name__
 
 
@@ -117,7 +118,9 @@ def pack(value: Any, *, what: str, call: bool = True) -> tuple[bytes, list[Any]]
     Raises:
         TypeError: the value cannot be pickled; the cause says why.
     """
-    body = _dump_plain(value)
+    body = _dump_atoms(value) if call else None
+    if body is None:
+        body = _dump_plain(value)
     return (body, []) if body is not None else _pack_fully(value, what, call)
 
 
@@ -146,7 +149,21 @@ def unpack(body: bytes | memoryview, extra: Sequence[Any] = ()) -> Any:
     return _Load(body, extra).load()
 
 
+def _dump_atoms(value: tuple[tuple[Any, ...], dict[str, Any]]) -> bytes | None:
+    """`(args, kwargs)` if no argument has parts: half of what a look into parts costs."""
+    args, kwargs = value
+    for arg in args:
+        if type(arg) not in _ATOMS:
+            return None
+    for arg in kwargs.values():
+        if type(arg) not in _ATOMS:
+            return None
+    return pickle.dumps(value, 5)
+
+
 def _dump_plain(value: Any) -> bytes | None:
+    if type(value) in _ATOMS:
+        return pickle.dumps(value, 5)
     file = io.BytesIO()
     try:
         _Plain(file, protocol=5).dump(value)

@@ -120,35 +120,26 @@ class Pending:
     there, if that is not an answer: `"moved"`, `"full"`, or the `Down` of its link. Once it has `begun`, its lane has forgotten it.
     """
 
-    __slots__ = (
-        "_teller",
-        "_watched",
-        "begun",
-        "body",
-        "caller",
-        "cast",
-        "chain",
-        "deadline",
-        "detached",
-        "dot",
-        "due_with",
-        "extra",
-        "fate",
-        "finished",
-        "in_chain",
-        "lane",
-        "link",
-        "method",
-        "order",
-        "outcome",
-        "reply",
-        "retry",
-        "stream",
-        "timeout",
-        "to_be_watched",
-        "waited_in",
-        "waits_without_deadline",
-    )  # fmt: skip
+    # What most messages never change is here, not in each of them: to make one is a part of what a call costs.
+    cast = False
+    stream = False
+    detached = False  # a future's: its sender does not wait
+    in_chain = False
+    deadline = FOREVER
+    waits_without_deadline = False
+    due_with: set[Pending] | None = None  # those that expire at the same time
+    begun = False
+    finished = False
+    outcome: Opened | BaseException | None = None
+    reply: Reply | None = None
+    link: Link | None = None
+    caller = ""
+    order = -1
+    fate: str | Down | None = None
+    waited_in: tuple[tuple[str, Name], ...] = ()  # the chain of who waits for a future
+    to_be_watched = False  # once it is sent (again)
+    is_watched = False  # somebody wants to be told
+    _teller: Callable[[], object] | None = None
 
     def __init__(
         self,
@@ -169,25 +160,6 @@ class Pending:
         self.chain = chain
         self.timeout = timeout
         self.retry = retry
-        self.in_chain = False
-        self.cast = False
-        self.detached = False  # a future's: its sender does not wait
-        self.stream = False
-        self.deadline = FOREVER
-        self.begun = False
-        self.waited_in: tuple[tuple[str, Name], ...] = ()  # the chain of who waits for a future
-        self.reply: Reply | None = None
-        self.link: Link | None = None
-        self.caller = ""
-        self.order = -1
-        self.fate: str | Down | None = None
-        self.finished = False
-        self.outcome: Opened | BaseException | None = None
-        self.waits_without_deadline = False
-        self.to_be_watched = False  # once it is sent (again)
-        self._watched = False
-        self._teller: Callable[[], object] | None = None
-        self.due_with: set[Pending] | None = None  # those that expire at the same time
 
     @property
     def again(self) -> bool:
@@ -247,11 +219,11 @@ class Pending:
 
     def wait(self, until: float) -> bool:
         """Waits on this thread, until it has an outcome or a time has come."""
-        if self.reply is not None and not self._watched:
+        if self.reply is not None and not self.is_watched:
             self._wait_here(until)
         while not self.finished and time.monotonic() < until:
             reply = self.lane.reply_or_watch(self)
-            if reply is None or self._watched:
+            if reply is None or self.is_watched:
                 self._wait_to_be_told(until)
             else:
                 self._wait_here(until)
@@ -280,17 +252,12 @@ class Pending:
 
     # Being watched
 
-    @property
-    def is_watched(self) -> bool:
-        """Does somebody want to be told?"""
-        return self._watched
-
     def arm(self, teller: Callable[[], object]) -> None:
         """Has the reply and the deadline watched, and `teller` called at the end."""
         self.when_finished(teller)
-        if self._watched:
+        if self.is_watched:
             return
-        self._watched = True
+        self.is_watched = True
         reply = self.lane.reply_or_watch(self)
         if reply is not None:
             self.watch(reply)
@@ -299,7 +266,7 @@ class Pending:
 
     def watch(self, reply: Reply, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Has it settled when the reply is there."""
-        self._watched = True
+        self.is_watched = True
         reply.on_done(partial(self.lane.take, self, reply), loop)
 
     def set_timer(self) -> None:

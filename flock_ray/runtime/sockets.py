@@ -126,6 +126,10 @@ class WireReply:
         return gate
 
 
+def _no_loop() -> None:
+    """What a reference to a loop that is gone gives."""
+
+
 def _both(first: Callable[[], object], second: Callable[[], object]) -> None:
     first()
     second()
@@ -157,6 +161,7 @@ class SocketLink:
         self._wrote_at = 0.0
         self._reading = threading.Lock()
         self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()  # that look whether there is something to read
+        self._latest_loop: Callable[[], asyncio.AbstractEventLoop | None] = _no_loop
         self._flushes: asyncio.AbstractEventLoop | None = None  # that will write what is to be written together
         self._gone = False
         self._connection = Connection(secret, life, os.urandom(32), listens=False)
@@ -362,9 +367,10 @@ class SocketLink:
 
     def read_on(self, loop: asyncio.AbstractEventLoop) -> None:
         """A coroutine of this loop, which runs now, waits for an answer: the loop reads, and writes what is to be written together."""
-        if loop not in self._loops:
+        if self._latest_loop() is not loop and loop not in self._loops:
             self._loops.add(loop)
             loop.add_reader(self.fileno, self._look_on, loop)
+            self._latest_loop = weakref.ref(loop)
         if self.unsent and self._flushes is not loop:
             self._flushes = loop
             loop.call_soon(self._flush_on_loop)
@@ -380,6 +386,8 @@ class SocketLink:
 
     def _leave(self, loop: asyncio.AbstractEventLoop) -> None:
         if loop in self._loops:
+            if self._latest_loop() is loop:
+                self._latest_loop = _no_loop
             self._loops.discard(loop)
             loop.remove_reader(self.fileno)
 
