@@ -44,6 +44,7 @@ import flock_ray
 
 CALLS = 300  # one after another, in each way and round
 BURST = 1_000  # in flight at once
+BURSTS = 3  # in each way and round; a burst is short beside the pauses of the garbage collector, which stays on, and of the machine
 PAUSE = 0.5  # seconds; above `lanes.FRESH`
 ITEMS = 10_000  # of a stream
 ITEMS_BY_RAY = 1_000  # the same where a flock's calls go by Ray: it would take most of the round
@@ -93,40 +94,46 @@ def awaited_one_by_one(loop: asyncio.Runner, once: Callable[[], Awaitable[int]],
     return lambda: loop.run(calls())
 
 
-def in_flight(burst: Callable[[], list[int]], warm_up: Callable[[], int], tally: Tally) -> Run:
+def in_flight(burst: Callable[[], list[int]], warm_up: Callable[[], int], tally: Tally, bursts: int = BURSTS) -> Run:
     def run() -> list[float]:
         tally.expect([warm_up()])
-        begin = time.perf_counter()
-        answers = burst()
-        taken = time.perf_counter() - begin
-        tally.expect(answers)
-        return [taken / BURST]
+        times = []
+        for _ in range(bursts):
+            begin = time.perf_counter()
+            answers = burst()
+            times.append((time.perf_counter() - begin) / BURST)
+            tally.expect(answers)
+        return times
 
     return run
 
 
-def gathered(loop: asyncio.Runner, once: Callable[[], Awaitable[int]], tally: Tally) -> Run:
-    async def burst() -> list[float]:
+def gathered(loop: asyncio.Runner, once: Callable[[], Awaitable[int]], tally: Tally, bursts: int = BURSTS) -> Run:
+    async def calls() -> list[float]:
         tally.expect([await once()])
-        begin = time.perf_counter()
-        answers = await asyncio.gather(*[once() for _ in range(BURST)])
-        taken = time.perf_counter() - begin
-        tally.expect(answers)
-        return [taken / BURST]
+        times = []
+        for _ in range(bursts):
+            begin = time.perf_counter()
+            answers = await asyncio.gather(*[once() for _ in range(BURST)])
+            times.append((time.perf_counter() - begin) / BURST)
+            tally.expect(answers)
+        return times
 
-    return lambda: loop.run(burst())
+    return lambda: loop.run(calls())
 
 
-def cast_away(cast: Callable[[], object], last: Callable[[], int], tally: Tally) -> Run:
+def cast_away(cast: Callable[[], object], last: Callable[[], int], tally: Tally, bursts: int = BURSTS) -> Run:
     def run() -> list[float]:
         tally.expect([last()])
-        begin = time.perf_counter()
-        for _ in range(BURST):
-            cast()
-        answer = last()
-        taken = time.perf_counter() - begin
-        tally.expect([answer], quiet=BURST)
-        return [taken / (BURST + 1)]
+        times = []
+        for _ in range(bursts):
+            begin = time.perf_counter()
+            for _ in range(BURST):
+                cast()
+            answer = last()
+            times.append((time.perf_counter() - begin) / (BURST + 1))
+            tally.expect([answer], quiet=BURST)
+        return times
 
     return run
 
@@ -134,13 +141,15 @@ def cast_away(cast: Callable[[], object], last: Callable[[], int], tally: Tally)
 def told(oscar: Oscar, tally: Tally) -> Run:
     async def casts() -> list[float]:
         tally.expect([await oscar.actor.add(1)])
-        begin = time.perf_counter()
-        for _ in range(BURST):
-            await oscar.actor.add.tell(1)
-        answer = await oscar.actor.add(1)
-        taken = time.perf_counter() - begin
-        tally.expect([answer], quiet=BURST)
-        return [taken / (BURST + 1)]
+        times = []
+        for _ in range(BURSTS):
+            begin = time.perf_counter()
+            for _ in range(BURST):
+                await oscar.actor.add.tell(1)
+            answer = await oscar.actor.add(1)
+            times.append((time.perf_counter() - begin) / (BURST + 1))
+            tally.expect([answer], quiet=BURST)
+        return times
 
     return lambda: oscar.loop.run(casts())
 
@@ -239,10 +248,12 @@ def rate_trials(sides: Sides) -> list[Trial]:
         def burst(bird: Any = bird) -> list[int]:
             return [future.result() for future in [bird.add.future(1) for _ in range(BURST)]]
 
-        many.append(Way(side, "bird.add.future(1), .result()", in_flight(burst, add, tally)))
+        bursts = BURSTS if side == FLOCK else 1  # by Ray each takes long
+        many.append(Way(side, "bird.add.future(1), .result()", in_flight(burst, add, tally, bursts)))
         for name, loop in sides.loops.items():
-            many.append(Way(side, f"gather(bird.add.aio(1), ...), {name}", gathered(loop, lambda bird=bird: bird.add.aio(1), tally)))
-        casts.append(Way(side, "bird.add.cast(1)", cast_away(lambda bird=bird: bird.add.cast(1), add, tally)))
+            run = gathered(loop, lambda bird=bird: bird.add.aio(1), tally, bursts)
+            many.append(Way(side, f"gather(bird.add.aio(1), ...), {name}", run))
+        casts.append(Way(side, "bird.add.cast(1)", cast_away(lambda bird=bird: bird.add.cast(1), add, tally, bursts)))
         first.append(Way(side, "bird.add.future(1), .result()", after_pause(burst, tally)))
     return [
         Trial(f"{BURST:,} calls in flight", many, (Target(12.0, "rate"),), is_rate=True),

@@ -97,10 +97,13 @@ class Call(NamedTuple):
 
 
 class Pull(NamedTuple):
-    """Wants another item of the stream that this call has opened; answered as that call. A `Withdraw` of the call closes the stream."""
+    """Wants more items of the stream that this call has opened, each answered as that call; over Ray one, for a call has one answer there.
+    A `Withdraw` of the call closes the stream.
+    """
 
     caller: str
     order: int
+    items: int
 
 
 class Answer(NamedTuple):
@@ -110,7 +113,7 @@ class Answer(NamedTuple):
     - `"raised"`: the pickled exception, its remote traceback in `text`.
     - `"refused"`: nothing was run, `error` names the class of `flock_ray.errors` (or built-in) to raise with `text`.
     - `"parcel"`: the answer is too long for a socket, or Ray has to carry it: fetch it from the host's actor under the id in `text`.
-    - `"item"`: the next pickled item of a stream; `"end"`: there are no more.
+    - `"item"`: the next pickled item of a stream; `"end"`: there are no more; `"later"`: this pull brings no more, for others wait.
     - `"moved"`: nothing was run: the bird is not here (any more), ask for its route again and resend.
     - `"full"`: nothing was run: the bird's mailbox is full, resend in a while.
     """
@@ -122,6 +125,7 @@ class Answer(NamedTuple):
 
 ITEM = encode(Answer("item"))
 END = encode(Answer("end"))
+LATER = encode(Answer("later"))
 RESULT = encode(Answer("result"))  # how nearly all answers begin; to unpickle it costs 2.7 us each time (measured)
 
 

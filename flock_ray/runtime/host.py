@@ -48,7 +48,7 @@ from flock_ray.core.wire import (
 )
 from flock_ray.runtime.inside import current
 from flock_ray.runtime.life import FULL, MOVED, HostedLife, Response, State
-from flock_ray.runtime.listener import NEST_SOCKET, Answers, Caller, Listener, socket_path
+from flock_ray.runtime.listener import NEST_SOCKET, Answered, Answers, Caller, Listener, socket_path
 from flock_ray.runtime.replies import Down, NoAnswer
 from flock_ray.runtime.sockets import SocketLink
 from flock_ray.runtime.tether import NestAwayError, NestLink, PidFile, Reporter, Tether
@@ -194,7 +194,7 @@ class Host:
 
     # Callers that come without Ray
 
-    def listen(self, slots: int, call: Callable[[Caller, int, memoryview], bytes | str | None]) -> None:
+    def listen(self, slots: int, call: Callable[[Caller, int, memoryview], Answered]) -> None:
         """Opens the doors, if the flock uses any. Where that fails, callers come by Ray."""
         boot = self.boot
         if not boot.secret:
@@ -254,6 +254,10 @@ class Host:
         """Sends answers to calls that were answered by nothing at first."""
         if self._listener is not None:
             self._listener.send(answers)
+
+    def awaited(self) -> bool:
+        """Does another call wait for its turn?"""
+        return self._listener is not None and self._listener.awaited
 
     # What lives need (`life.Surroundings`)
 

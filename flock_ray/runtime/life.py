@@ -90,6 +90,9 @@ class Surroundings(Protocol):
     def address(self) -> str:
         """Where the host listens, besides Ray."""
 
+    def awaited(self) -> bool:
+        """Does another call wait for its turn?"""
+
     def may_run(self) -> bool:
         """False: this process is over, nothing must run."""
 

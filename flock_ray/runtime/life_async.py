@@ -11,11 +11,11 @@ import inspect
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from flock_ray.core.wire import END, Call, HatchOrder, Pull, decode_call
+from flock_ray.core.wire import Call, HatchOrder, Pull, decode_call
 from flock_ray.runtime.generators import Reading
 from flock_ray.runtime.host import Host
 from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, log, refusal
@@ -69,7 +69,10 @@ class AsyncLife(HostedLife):
             return refused
         if head.stream:
             opened = self._open(head, order, body, extra, connection)
-            return await self._next(opened) if isinstance(opened, Reading) else opened
+            if not isinstance(opened, Reading):
+                return opened
+            async with self._one_by_one(opened):
+                return await self._next(opened)
         return await self._run(head, order, body, extra)
 
     async def _run(self, head: Call, order: int, body: memoryview, extra: Sequence[Any]) -> Response:
@@ -91,23 +94,29 @@ class AsyncLife(HostedLife):
             return self._raised(head, error)
         return self._result(head, result)
 
-    async def pull(self, pull: Pull) -> Response:
-        """The next item of a stream."""
+    async def pull(self, pull: Pull) -> AsyncIterator[Response]:
+        """The next items of a stream. Other pulls of it wait: each brings items that follow on each other."""
         reading = self._pulled(pull)
-        return await self._next(reading) if reading is not None else MOVED
+        if reading is None:
+            yield MOVED
+            return
+        async with self._one_by_one(reading):
+            for _ in range(pull.items):
+                if self._pulled(pull) is None:
+                    yield MOVED
+                    return
+                yield await self._next(reading)
+                if self._readings.get(reading.call) is None:
+                    return
 
     async def _next(self, reading: Reading) -> Response:
-        with self._runs(object(), None):
-            async with self._one_by_one(reading):  # several pulls are under way
-                if not self._readings.get(reading.call):
-                    return END  # the pull before this one was the last
-                try:
-                    with self._inside(reading.chain, is_async=True):
-                        generator = reading.generator
-                        item = await anext(generator) if inspect.isasyncgen(generator) else next(generator)
-                except BaseException as error:  # answered, or the life's end
-                    return self._no_item(reading, error)
-                return self._item(reading, item)
+        try:
+            with self._runs(object(), None), self._inside(reading.chain, is_async=True):
+                generator = reading.generator
+                item = await anext(generator) if inspect.isasyncgen(generator) else next(generator)
+        except BaseException as error:  # answered, or the life's end
+            return self._no_item(reading, error)
+        return self._item(reading, item)
 
     def _one_by_one(self, reading: Reading) -> asyncio.Lock:
         return self._locks.setdefault(reading, asyncio.Lock())
@@ -237,10 +246,17 @@ class AsyncHost(Host):
         self._inside += 1
         try:
             async with self._room:
+                if isinstance(head, Pull):
+                    async for item in self._pull(head):
+                        self._answer(caller, number, self.framed(item))
+                    return
                 response = await self._run(head, order, body, (), caller)
         finally:
             self._inside -= 1
-        self._answers.add(caller, number, head.caller if not response and isinstance(head, Call) else self.framed(response))
+        self._answer(caller, number, self.framed(response) if response else head.caller)
+
+    def _answer(self, caller: Caller, number: int, answer: bytes | str) -> None:
+        self._answers.add(caller, number, answer)
         if not self._answers_posted:
             self._answers_posted = True
             self._loop.call_soon(self._send_answers)
@@ -253,12 +269,19 @@ class AsyncHost(Host):
 
     async def call(self, message: bytes, extra: Sequence[Any]) -> Response:
         """As `SyncHost.call`, on the bird's event loop."""
-        return await self._run(*decode_call(message), extra, None)
+        head, order, body = decode_call(message)
+        return await anext(self._pull(head)) if isinstance(head, Pull) else await self._run(head, order, body, extra, None)
 
-    async def _run(self, head: Call | Pull, order: int, body: memoryview, extra: Sequence[Any], connection: object | None) -> Response:
+    async def _run(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: object | None) -> Response:
+        life = self.life
+        if not isinstance(life, AsyncLife) or head.dot != life.dot:
+            return MOVED
+        return await life.call(head, order, body, extra, connection)
+
+    async def _pull(self, pull: Pull) -> AsyncIterator[Response]:
         life = self.life
         if not isinstance(life, AsyncLife):
-            return MOVED
-        if isinstance(head, Pull):
-            return await life.pull(head)
-        return await life.call(head, order, body, extra, connection) if head.dot == life.dot else MOVED
+            yield MOVED
+            return
+        async for item in life.pull(pull):
+            yield item

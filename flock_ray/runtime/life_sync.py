@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from flock_ray.core.wire import Call, HatchOrder, Pull, decode_call
+from flock_ray.core.wire import LATER, Call, HatchOrder, Pull, decode_call
 from flock_ray.runtime.generators import Reading
 from flock_ray.runtime.host import Host
 from flock_ray.runtime.inside import Inside, current
 from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, is_async, log
-from flock_ray.runtime.listener import Caller
+from flock_ray.runtime.listener import TOGETHER, Caller
 from flock_ray.runtime.mailbox import ThreadOrder, Turns
 from flock_ray.runtime.payload import unpack
 from flock_ray.runtime.timers import Entry
@@ -81,14 +82,22 @@ class SyncLife(HostedLife):
             current.reset(token)
         return self._result(head, result)
 
-    def pull(self, pull: Pull) -> Response:
-        """The next item of a stream, when it is its turn."""
-        self._turns.enter()
-        try:
-            reading = self._pulled(pull)
-            return self._next(reading) if reading is not None else MOVED
-        finally:
-            self._turns.leave()
+    def pull(self, pull: Pull) -> Iterator[Response]:
+        """The next items of a stream, each when it is its turn; no more after `TOGETHER`, if others wait."""
+        until = time.monotonic() + TOGETHER
+        for _ in range(pull.items):
+            self._turns.enter()
+            try:
+                reading = self._pulled(pull)
+                answer = self._next(reading) if reading is not None else MOVED
+            finally:
+                self._turns.leave()
+            yield answer
+            if reading is None or self._readings.get(reading.call) is None:
+                return
+            if self._host.awaited() and time.monotonic() > until:
+                yield LATER
+                return
 
     def _next(self, reading: Reading) -> Response:
         inside = Inside(self, (*reading.chain, self._link))
@@ -175,22 +184,25 @@ class SyncHost(Host):
             self.listen(life.slots, self._call_frame)
             life.hatch()
 
-    def _call_frame(self, caller: Caller, number: int, message: memoryview) -> bytes | str:
+    def _call_frame(self, caller: Caller, number: int, message: memoryview) -> bytes | str | Iterator[bytes]:
         del number
         head, order, body = decode_call(message)
+        if isinstance(head, Pull):
+            return map(self.framed, self._pull(head))
         response = self._run(head, order, body, (), caller)
-        if not response and isinstance(head, Call):
-            return head.caller
-        return self.framed(response)
+        return self.framed(response) if response else head.caller
 
     def call(self, message: bytes, extra: Sequence[Any]) -> Response:
         """Runs a `Call` or a `Pull`: an encoded `Answer`, in a tuple with what travels beside it; empty for a cast that was taken."""
-        return self._run(*decode_call(message), extra, None)
+        head, order, body = decode_call(message)
+        return next(self._pull(head)) if isinstance(head, Pull) else self._run(head, order, body, extra, None)
 
-    def _run(self, head: Call | Pull, order: int, body: memoryview, extra: Sequence[Any], connection: object | None) -> Response:
+    def _run(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: object | None) -> Response:
         life = self.life
-        if not isinstance(life, SyncLife):
+        if not isinstance(life, SyncLife) or head.dot != life.dot:
             return MOVED
-        if isinstance(head, Pull):
-            return life.pull(head)
-        return life.call(head, order, body, extra, connection) if head.dot == life.dot else MOVED
+        return life.call(head, order, body, extra, connection)
+
+    def _pull(self, pull: Pull) -> Iterator[Response]:
+        life = self.life
+        return life.pull(pull) if isinstance(life, SyncLife) else iter((MOVED,))

@@ -56,6 +56,10 @@ class Link(Protocol):
         """Takes a message on its way; never waits."""
         ...
 
+    def pull(self, message: bytes, items: int) -> list[Reply]:
+        """Sends a `Pull` of so many items, in whatever order with other messages: replies that give one item after the other."""
+        ...
+
     def control(self, message: bytes) -> Reply: ...
 
     def fetch(self, parcel: str) -> Reply:
@@ -203,6 +207,10 @@ class RayLink(_RayLink):
     def send(self, message: bytes, extra: Sequence[Any], urgency: Urgency = Urgency.NOW) -> RayReply:
         del urgency
         return RayReply(self._call(message, *extra), self)
+
+    def pull(self, message: bytes, items: int) -> list[Reply]:
+        """A call has one answer."""
+        return [RayReply(self._call(message), self) for _ in range(items)]
 
     def control(self, message: bytes) -> RayReply:
         return RayReply(self._control(message), self)

@@ -93,6 +93,9 @@ class Refusals:
             self._tell(why, count)
 
 
+Answered = bytes | str | None | Iterator[bytes]
+
+
 class Answers:
     """Answers that are written together."""
 
@@ -107,7 +110,7 @@ class Answers:
         if isinstance(answer, bytes):
             self._parts.setdefault(caller, []).append(frame(ANSWER, number, answer))
         else:
-            self._taken[caller, answer] = number
+            self._taken[caller, answer] = max(number, self._taken.get((caller, answer), 0))
 
     def frames(self) -> Iterator[tuple[Caller, bytes]]:
         """What is to be written to each caller."""
@@ -128,7 +131,7 @@ class Listener:
         slots: how many methods may run at a time.
         room: how many calls may wait for their turn.
         call: runs a call, which may take long, and returns its answer; `None`, if that is given to `send` later; or the lane of a cast,
-            which was taken: of a run of these the last is answered, with nothing.
+            which was taken: of a run of these the last is answered, with nothing; or several answers, each made when it is asked for.
         full: answers a call for which there is no room; returns at once.
         control: takes an order or a `Withdraw`; returns at once.
         gone: takes a connection that has ended.
@@ -145,7 +148,7 @@ class Listener:
         ports: tuple[int, int] | None,
         slots: int,
         room: int,
-        call: Callable[[Caller, int, memoryview], bytes | str | None],
+        call: Callable[[Caller, int, memoryview], Answered],
         full: Callable[[memoryview], bytes],
         control: Callable[[memoryview], bytes],
         gone: Callable[[Caller], object] = lambda _: None,
@@ -276,11 +279,11 @@ class Listener:
             waits = self._followers > 0
             if waits:
                 self._followers -= 1
+            self.send(answers)  # of quick methods before the slow one; under the lock, for the slow one may be about to answer more
         if waits:
             self._baton.release()
         else:
             threading.Thread(target=self._work, args=(True,), name="flock_ray reader", daemon=True).start()
-        self.send(answers)  # of quick methods before the slow one
 
     def _work(self, leads: bool) -> None:
         while True:
@@ -377,6 +380,9 @@ class Listener:
                 self._began = now
             try:
                 answer = self._call(caller, number, body)
+                if answer is not None and not isinstance(answer, bytes | str):
+                    self._several(caller, number, answer)
+                    answer = None
             except Exception:
                 logger.exception("a message could not be read; its caller is cut off")
                 self._drop(caller, "its message could not be read")
@@ -398,6 +404,22 @@ class Listener:
                 self._write(caller, frame(ANSWER, number, answer if isinstance(answer, bytes) else b""))
         if answers is not None:
             self.send(answers)
+
+    def _several(self, caller: Caller, number: int, answers: Iterator[bytes]) -> None:
+        me = threading.get_ident()
+        for answer in answers:
+            with self._lock:
+                leads = self._leader == me
+                if leads:
+                    self._answers.add(caller, number, answer)
+                    self._began = time.monotonic()  # of the next
+            if not leads:
+                self._write(caller, frame(ANSWER, number, answer))
+
+    @property
+    def awaited(self) -> bool:
+        """Does a call wait for its turn?"""
+        return bool(self._mailbox)
 
     def send(self, answers: Answers) -> None:
         """Writes answers to those who asked. From any thread."""

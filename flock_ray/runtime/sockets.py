@@ -37,9 +37,21 @@ from flock_ray.runtime.tls import Encrypted
 CONNECT = 2.0  # seconds for a connection and the proofs; then the way is Ray's
 LONG = 1.0  # seconds of one wait in the kernel
 BURST = 0.0002  # seconds: what follows sooner on another message that nobody waits for is written together with what follows on it
+LINGER = 0.0003  # seconds that a burst may grow before another thread writes it
 TOGETHER = 1 << 16  # bytes that are written at once, whoever waits
 IDLE = 0.01  # seconds; after a longer rest a look is worth its cost, for TCP takes a message for a peer that has gone
 _NO_WAIT = socket.MSG_DONTWAIT
+
+
+class _Buffer(threading.local):
+    """What a thread reads into: a buffer for each link would take 64 KB of each."""
+
+    def __init__(self) -> None:
+        self.data = bytearray(READ)
+        self.view = memoryview(self.data)
+
+
+_mine = _Buffer()
 
 
 class WireReply:
@@ -126,6 +138,37 @@ class WireReply:
         return gate
 
 
+class WireItems(WireReply):
+    """The answers to a frame that wants several: `get` gives one after the other."""
+
+    __slots__ = ("_came", "_left")
+
+    def __init__(self, link: SocketLink, wanted: int) -> None:
+        super().__init__(link)
+        self._left = wanted
+        self._came: deque[Raw] = deque()
+
+    def get(self, timeout: float | None) -> Raw:
+        if not self.done:
+            self._link.wait(self, timeout)
+        with self._link.mutex:
+            if self._came:
+                raw = self._came.popleft()
+                self.done = bool(self._came) or self._down is not None
+                return raw
+        if self._down is not None:
+            raise self._down
+        raise NoAnswer
+
+    def settle(self, raw: Raw | None, down: Down | None) -> None:
+        if raw is not None:
+            self._came.append(raw)
+            self._left -= 1
+            if self._left:
+                self._link.expect(self)
+        super().settle(None, down)
+
+
 def _no_loop() -> None:
     """What a reference to a loop that is gone gives."""
 
@@ -170,8 +213,6 @@ class SocketLink:
         self.path = "unix" if self.local else "tcp"
         self.used_at = float("inf") if self.local else 0.0  # on this machine the kernel tells at once of a host's end: no ping is needed
         self._looked_at = 0.0
-        self._data = bytearray(READ)
-        self._view = memoryview(self._data)
         self._spin = Spin()
         try:
             self._shake_hands(sock)
@@ -224,15 +265,19 @@ class SocketLink:
     def control(self, message: bytes) -> WireReply:
         return self.transmit(CONTROL, message)
 
+    def expect(self, reply: WireReply) -> None:
+        """Another answer is to come."""
+        self._replies[reply.number] = reply
+
     def forget(self, number: int) -> None:
         """This answer does not come, or is not wanted."""
         self._replies.pop(number, None)
 
     # Writing
 
-    def transmit(self, kind: int, message: bytes, urgency: Urgency = Urgency.NOW) -> WireReply:
-        """Sends a frame; never waits."""
-        reply = WireReply(self)
+    def transmit(self, kind: int, message: bytes, urgency: Urgency = Urgency.NOW, answers: int = 1) -> WireReply:
+        """Sends a frame, which has so many answers; never waits."""
+        reply = WireReply(self) if answers == 1 else WireItems(self, answers)
         with self._writing:
             self._next = reply.number = number = self._next + 1
             if self._gone:
@@ -407,7 +452,7 @@ class SocketLink:
             return
         self._heard()
         try:
-            frames, _ = self._connection.receive(self._view[:size])
+            frames, _ = self._connection.receive(_mine.view[:size])
         except ProtocolError as error:
             self._broke(str(error))
             return
@@ -426,14 +471,14 @@ class SocketLink:
             if seconds < LONG and not self._poll.poll(seconds * 1000):
                 return None
             try:
-                return self._socket.recv_into(self._data)  # the kernel ends a longer wait: to poll before each read costs 8 us (measured)
+                return self._socket.recv_into(_mine.data)  # the kernel ends a longer wait: to poll before each read costs 8 us (measured)
             except BlockingIOError:
                 return None
         return self._recv_now()
 
     def _recv_now(self) -> int | None:
         try:
-            return self._socket.recv_into(self._data, 0, _NO_WAIT)
+            return self._socket.recv_into(_mine.data, 0, _NO_WAIT)
         except BlockingIOError:
             return None
 
@@ -487,6 +532,8 @@ class Reader:
             for fileno, mask in epoll.poll():
                 link = self._links.get(fileno)
                 if link is not None:
+                    if link.unsent:
+                        time.sleep(LINGER)  # else a burst would be written one by one, by two threads in turns
                     link.flush()
                     if mask & ~select.EPOLLOUT or link.watched:
                         link.look()

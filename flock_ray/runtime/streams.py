@@ -17,7 +17,7 @@ from flock_ray.core import wire
 from flock_ray.runtime import inside, payload
 from flock_ray.runtime.links import Link
 from flock_ray.runtime.pending import FOREVER, Opened, Pending, open_raw, value_of
-from flock_ray.runtime.replies import Down, NoAnswer, Reply, Urgency, answer_of
+from flock_ray.runtime.replies import Down, NoAnswer, Reply, answer_of
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -38,7 +38,8 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
         self._opening: Pending | None = message
         self._message = message
         self._items: deque[tuple[bytes | memoryview, Sequence[Any]]] = deque()
-        self._pulls: deque[Reply] = deque()  # under way; each brings an item
+        self._pulls: deque[list[Any]] = deque()  # under way: replies, and how many items each may still bring
+        self._credit = 0  # items that may still come
         self._ended = False
 
     # On a thread
@@ -68,7 +69,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
                 raise
             self._opened(message)
             return
-        reply = self._pulls.popleft()
+        reply = self._next_reply()
         try:
             opened = open_raw(reply.get(self._timeout))
             if opened.answer.kind == "parcel":
@@ -104,7 +105,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
                 await message.until_finished()
             self._opened(message)
             return
-        reply = self._pulls.popleft()
+        reply = self._next_reply()
         try:
             opened = open_raw(reply.get(0) if reply.done else await answer_of(reply, self._timeout))
             if opened.answer.kind == "parcel":
@@ -124,9 +125,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
         if self._ended:
             return
         self._ended = True
-        for reply in self._pulls:
-            reply.forget()
-        self._pulls.clear()
+        self._drop_pulls()
         if self._opening is not None:
             self._opening.take_back()
         else:
@@ -140,6 +139,12 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
     def __del__(self) -> None:
         if not self._ended:
             self._message.lane.client.courier.post(_close, self._opening, self._message)  # not here: the collector runs anywhere
+
+    def _drop_pulls(self) -> None:
+        for reply, _ in self._pulls:
+            reply.forget()
+        self._pulls.clear()
+        self._credit = 0
 
     # Answers
 
@@ -157,10 +162,14 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
         if answer.kind == "item":
             self._items.append((body, extra))
             self._pull()
+        elif answer.kind == "later":
+            self._give_up_pull()
+            self._pull()
         elif answer.kind == "moved":
             self._lost(None)
         else:
             self._ended = True
+            self._drop_pulls()
             if answer.kind != "end":
                 value_of(opened, self._name, self._message.method)  # raises
 
@@ -175,13 +184,29 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
 
     def _pull(self) -> None:
         """Asks for more, if there is room for it."""
-        if self._ended or len(self._items) + len(self._pulls) > WINDOW - AT_A_TIME:
+        if self._ended or len(self._items) + self._credit > WINDOW - AT_A_TIME:
             return
         message = self._message
-        pull = wire.encode(wire.Pull(message.caller, message.order))
-        for _ in range(AT_A_TIME):
-            self._pulls.append(self._link.send(pull, (), Urgency.WITH_LOOP))
-        self._link.flush()
+        items = AT_A_TIME if self._link.path != "ray" else 1
+        pull = wire.encode(wire.Pull(message.caller, message.order, items))
+        replies = self._link.pull(pull, AT_A_TIME)
+        self._pulls.extend([reply, AT_A_TIME // len(replies)] for reply in replies)
+        self._credit += AT_A_TIME
+
+    def _next_reply(self) -> Reply:
+        """Where the next item comes from."""
+        while not self._pulls[0][1]:
+            self._pulls.popleft()
+        self._pulls[0][1] -= 1
+        self._credit -= 1
+        reply: Reply = self._pulls[0][0]
+        return reply
+
+    def _give_up_pull(self) -> None:
+        """The first pull brings no more."""
+        reply, left = self._pulls.popleft()
+        reply.forget()
+        self._credit -= left
 
     def _late(self) -> NoReturn:
         self.close()
@@ -190,6 +215,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
 
     def _lost(self, down: Down | None) -> NoReturn:
         self._ended = True
+        self._drop_pulls()
         text = f"bird {self._name!r} moved, restarted or went away in the middle of {self._message.method!r}: the rest will not come"
         raise errors.BirdUnavailable(f"{text}; call again for a new stream", self._name) from down
 

@@ -86,6 +86,9 @@ class ActorLink(RayLink):
             return ActorReply(self._pool.submit(self._host.call, message, extra))
         return ActorReply(asyncio.run_coroutine_threadsafe(self._host.call(message, extra), self._loop))
 
+    def pull(self, message: bytes, items: int) -> Any:
+        return [self.send(message, ()) for _ in range(items)]
+
     def control(self, message: bytes) -> Any:
         return ActorReply(self._pool.submit(self._host.control, message))
 

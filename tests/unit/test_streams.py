@@ -209,6 +209,28 @@ def test_other_methods_run_between_items(pair):
     assert list(stream) == list(range(1, 100))
 
 
+def test_a_pull_is_cut_short_where_others_wait_and_no_item_is_lost(tmp_path):
+    """Two readers and a caller on one bird, each item taking a while."""
+    pair = Pair(tmp_path, "unix", Source)
+    wrong, slow = [], []
+
+    def read():
+        got = list(pair.stream("count", 150, 0.002))
+        if got != list(range(150)):
+            wrong.append(got)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    while any(reader.is_alive() for reader in readers):
+        began = time.monotonic()
+        pair.call("put", 1)
+        slow.append(time.monotonic() - began)
+    assert not wrong
+    assert sorted(slow)[len(slow) // 2] < 0.04, "a call waits for a few items of each stream, not for their windows"
+    pair.close()
+
+
 def test_slow_items_come_one_by_one(pair):
     began, times = time.monotonic(), []
     for _ in pair.stream("count", 5, 0.1):
