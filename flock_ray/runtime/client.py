@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from flock_ray import errors
@@ -71,13 +71,13 @@ class Client:
             raise
         return message.value()
 
-    async def aio(
+    def aio(
         self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | Default | None, retry: bool
-    ) -> Any:
-        """Calls a method and awaits its result, on any event loop."""
+    ) -> Coroutine[Any, Any, Any]:
+        """Calls a method; what it returns has to be awaited at once, on any event loop, for the result."""
         message = self._message(name, dot, method, args, kwargs, timeout, retry)
         message.lane.submit(message, Urgency.WITH_LOOP)
-        return await message.wait_async()
+        return message.wait_async()
 
     def future(
         self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | Default | None, retry: bool

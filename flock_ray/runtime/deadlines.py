@@ -24,11 +24,10 @@ class Deadlines:
         self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[int, set[Pending]]] = weakref.WeakKeyDictionary()
         self._local = threading.local()  # the loop that ran last here, and its slots: nearly always the one that runs now
 
-    def add(self, message: Pending) -> None:
-        """Has it expire in time, by the running event loop."""
+    def add(self, message: Pending, loop: asyncio.AbstractEventLoop) -> None:
+        """Has it expire in time, by this event loop, which runs now."""
         if message.deadline == float("inf") or message.finished:
             return
-        loop = asyncio.get_running_loop()
         known = getattr(self._local, "known", None)
         if known is None or known[0]() is not loop:
             known = self._local.known = (weakref.ref(loop), self._by_loop.setdefault(loop, {}))

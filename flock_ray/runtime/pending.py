@@ -272,7 +272,7 @@ class Pending:
     def set_timer(self) -> None:
         """Has it expire at its deadline, for those who do not wait themselves. On the courier."""
         if not self.finished:
-            self.lane.client.deadlines.add(self)
+            self.lane.client.deadlines.add(self, asyncio.get_running_loop())
 
     # Waiting on an event loop
 
@@ -280,22 +280,21 @@ class Pending:
         """The result, on any event loop. To cancel it takes the message back."""
         if not self.finished:
             try:
-                await self.until_finished()
+                await self.told_to(asyncio.get_running_loop())
             except asyncio.CancelledError:
                 self.take_back()
                 raise
         return self.value()
 
-    async def until_finished(self) -> None:
-        """Waits for the outcome on any event loop."""
-        loop = asyncio.get_running_loop()
+    def told_to(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
+        """What the event loop, which runs now, has to wait for."""
         woken = loop.create_future()
         self.when_finished(partial(_wake, loop, threading.get_ident(), woken))
         reply = self.lane.reply_or_watch(self)
         if reply is not None:
             self.watch(reply, loop)
-        self.lane.client.deadlines.add(self)
-        await woken
+        self.lane.client.deadlines.add(self, loop)
+        return woken
 
     def take_back(self) -> None:
         """Nobody wants the outcome."""

@@ -43,6 +43,7 @@ class Spin:
             if found is not None:
                 self._misses = 0
                 return found
+            os.sched_yield()  # whoever else wants this core may have it: perhaps it is the one who answers
             if time.monotonic() > end:
                 self._misses = misses + 1
                 return None

@@ -6,6 +6,7 @@ not read to its end is closed, also when nobody has it any more.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections import deque
@@ -102,7 +103,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
         if message is not None:
             self._give_time(message)
             if not message.finished:
-                await message.until_finished()
+                await message.told_to(asyncio.get_running_loop())
             self._opened(message)
             return
         reply = self._next_reply()
