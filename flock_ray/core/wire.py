@@ -53,7 +53,7 @@ def encode_call(head: bytes, order: int, body: bytes) -> bytes:
 
 
 def decode_call(message: bytes | memoryview) -> tuple[Any, int, memoryview]:
-    """A `Call` with its place in order and its pickled arguments; or a `Pull`."""
+    """A `Call` with its place in its caller's order and its pickled arguments; or a `Pull` with its place among those of its stream."""
     view = memoryview(message)
     (length,) = _LENGTH.unpack_from(view)
     end = _LENGTH.size + length
@@ -67,8 +67,6 @@ def decode_call(message: bytes | memoryview) -> tuple[Any, int, memoryview]:
             _heads.clear()
         if length <= LONG_HEAD:
             _heads[packed] = head
-    if type(head) is Pull:
-        return head, head.order, view[end:]
     (order,) = _ORDER.unpack_from(view, end)
     return head, order, view[end + _ORDER.size :]
 
@@ -98,7 +96,7 @@ class Call(NamedTuple):
 
 class Pull(NamedTuple):
     """Wants more items of the stream that this call has opened, each answered as that call; over Ray one, for a call has one answer there.
-    A `Withdraw` of the call closes the stream.
+    A stream's pulls are counted from 0 and begin in this order, as calls do. A `Withdraw` of the call closes the stream.
     """
 
     caller: str

@@ -94,8 +94,9 @@ class AsyncLife(HostedLife):
             return self._raised(head, error)
         return self._result(head, result)
 
-    async def pull(self, pull: Pull) -> AsyncIterator[Response]:
+    async def pull(self, pull: Pull, number: int) -> AsyncIterator[Response]:
         """The next items of a stream. Other pulls of it wait: each brings items that follow on each other."""
+        await self._order.wait(f"{pull.caller}/{pull.order}", number)
         reading = self._pulled(pull)
         if reading is None:
             yield MOVED
@@ -247,7 +248,7 @@ class AsyncHost(Host):
         try:
             async with self._room:
                 if isinstance(head, Pull):
-                    async for item in self._pull(head):
+                    async for item in self._pull(head, order):
                         self._answer(caller, number, self.framed(item))
                     return
                 response = await self._run(head, order, body, (), caller)
@@ -270,7 +271,7 @@ class AsyncHost(Host):
     async def call(self, message: bytes, extra: Sequence[Any]) -> Response:
         """As `SyncHost.call`, on the bird's event loop."""
         head, order, body = decode_call(message)
-        return await anext(self._pull(head)) if isinstance(head, Pull) else await self._run(head, order, body, extra, None)
+        return await anext(self._pull(head, order)) if isinstance(head, Pull) else await self._run(head, order, body, extra, None)
 
     async def _run(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: object | None) -> Response:
         life = self.life
@@ -278,10 +279,10 @@ class AsyncHost(Host):
             return MOVED
         return await life.call(head, order, body, extra, connection)
 
-    async def _pull(self, pull: Pull) -> AsyncIterator[Response]:
+    async def _pull(self, pull: Pull, number: int) -> AsyncIterator[Response]:
         life = self.life
         if not isinstance(life, AsyncLife):
             yield MOVED
             return
-        async for item in life.pull(pull):
+        async for item in life.pull(pull, number):
             yield item

@@ -82,11 +82,15 @@ class SyncLife(HostedLife):
             current.reset(token)
         return self._result(head, result)
 
-    def pull(self, pull: Pull) -> Iterator[Response]:
+    def pull(self, pull: Pull, number: int) -> Iterator[Response]:
         """The next items of a stream, each when it is its turn; no more after `TOGETHER`, if others wait."""
+        gate = self._order.wait(f"{pull.caller}/{pull.order}", number, self._turns.line_up)
+        if gate is not None:
+            gate.acquire()
         until = time.monotonic() + TOGETHER
-        for _ in range(pull.items):
-            self._turns.enter()
+        for made in range(pull.items):
+            if made:
+                self._turns.enter()
             try:
                 reading = self._pulled(pull)
                 answer = self._next(reading) if reading is not None else MOVED
@@ -188,14 +192,14 @@ class SyncHost(Host):
         del number
         head, order, body = decode_call(message)
         if isinstance(head, Pull):
-            return map(self.framed, self._pull(head))
+            return map(self.framed, self._pull(head, order))
         response = self._run(head, order, body, (), caller)
         return self.framed(response) if response else head.caller
 
     def call(self, message: bytes, extra: Sequence[Any]) -> Response:
         """Runs a `Call` or a `Pull`: an encoded `Answer`, in a tuple with what travels beside it; empty for a cast that was taken."""
         head, order, body = decode_call(message)
-        return next(self._pull(head)) if isinstance(head, Pull) else self._run(head, order, body, extra, None)
+        return next(self._pull(head, order)) if isinstance(head, Pull) else self._run(head, order, body, extra, None)
 
     def _run(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: object | None) -> Response:
         life = self.life
@@ -203,6 +207,6 @@ class SyncHost(Host):
             return MOVED
         return life.call(head, order, body, extra, connection)
 
-    def _pull(self, pull: Pull) -> Iterator[Response]:
+    def _pull(self, pull: Pull, number: int) -> Iterator[Response]:
         life = self.life
-        return life.pull(pull) if isinstance(life, SyncLife) else iter((MOVED,))
+        return life.pull(pull, number) if isinstance(life, SyncLife) else iter((MOVED,))

@@ -56,8 +56,8 @@ class Link(Protocol):
         """Takes a message on its way; never waits."""
         ...
 
-    def pull(self, message: bytes, items: int) -> list[Reply]:
-        """Sends a `Pull` of so many items, in whatever order with other messages: replies that give one item after the other."""
+    def pull(self, message: bytes, items: int) -> Reply:
+        """Sends a `Pull` of so many items, in whatever order with calls: a reply that gives one item after the other. By Ray, of one."""
         ...
 
     def control(self, message: bytes) -> Reply: ...
@@ -208,9 +208,9 @@ class RayLink(_RayLink):
         del urgency
         return RayReply(self._call(message, *extra), self)
 
-    def pull(self, message: bytes, items: int) -> list[Reply]:
-        """A call has one answer."""
-        return [RayReply(self._call(message), self) for _ in range(items)]
+    def pull(self, message: bytes, items: int) -> RayReply:
+        del items
+        return RayReply(self._call(message), self)
 
     def control(self, message: bytes) -> RayReply:
         return RayReply(self._control(message), self)

@@ -41,6 +41,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
         self._items: deque[tuple[bytes | memoryview, Sequence[Any]]] = deque()
         self._pulls: deque[list[Any]] = deque()  # under way: replies, and how many items each may still bring
         self._credit = 0  # items that may still come
+        self._pulled = 0  # pulls sent
         self._ended = False
 
     # On a thread
@@ -189,9 +190,10 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
             return
         message = self._message
         items = AT_A_TIME if self._link.path != "ray" else 1
-        pull = wire.encode(wire.Pull(message.caller, message.order, items))
-        replies = self._link.pull(pull, AT_A_TIME)
-        self._pulls.extend([reply, AT_A_TIME // len(replies)] for reply in replies)
+        head = wire.encode(wire.Pull(message.caller, message.order, items))
+        for _ in range(AT_A_TIME // items):
+            self._pulls.append([self._link.pull(wire.encode_call(head, self._pulled, b""), items), items])
+            self._pulled += 1
         self._credit += AT_A_TIME
 
     def _next_reply(self) -> Reply:

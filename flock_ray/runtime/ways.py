@@ -103,8 +103,8 @@ class DirectLink(SocketLink):
         reply.on_done(self._one_done)
         return reply
 
-    def pull(self, message: bytes, items: int) -> list[Reply]:
-        return [self.transmit(CALL, message, answers=items)]
+    def pull(self, message: bytes, items: int) -> Reply:
+        return self.transmit(CALL, message, answers=items)
 
     def _one_done(self) -> None:
         with self._lock:

@@ -87,7 +87,7 @@ class ActorLink(RayLink):
         return ActorReply(asyncio.run_coroutine_threadsafe(self._host.call(message, extra), self._loop))
 
     def pull(self, message: bytes, items: int) -> Any:
-        return [self.send(message, ()) for _ in range(items)]
+        return self.send(message, ())
 
     def control(self, message: bytes) -> Any:
         return ActorReply(self._pool.submit(self._host.control, message))

@@ -245,7 +245,7 @@ VALUES = [
     Options(num_cpus=1),
     SPEC,
     Status(1, Life("a", 1), 3, "running"),
-    NodeRecord(Life("a", 1), 2.0, (("GPU", 1.0),), (("zone", "x"),), "host:1", "peer"),
+    NodeRecord(Life("a", 1), 2.0, (("GPU", 1.0),), (("zone", "x"),), "host:1"),
     Route("tweety", Dot(Life("a", 1), 2), 1, "a", "host"),
     BirdInfo("tweety", "a", "running", 1, 0, "", "", False, "m.C"),
     NestInfo("a", "host:1", 160, 3, 0.5),
