@@ -63,8 +63,8 @@ class Client:
             text = f"calling {method!r} of bird {name!r} here would stop the event loop of this bird; in an async def method"
             raise RuntimeError(f"{text}, await flock_ray.aio.call(...) or bird.{method}.aio(...)")
         message = self._message(name, dot, method, args, kwargs, timeout, retry)
-        message.lane.submit(message, Urgency.NOW)
         try:
+            message.lane.submit(message, Urgency.NOW)
             message.wait(message.deadline)
         except BaseException:
             message.take_back()  # an interrupt

@@ -136,11 +136,19 @@ def _record_file(flock: str, node: str) -> Path:
     return _folder("", node).parent / f"{node[:16]}-{name}.record"
 
 
+def _is_ours(state: os.stat_result) -> bool:
+    """Can nobody else change it?"""
+    return state.st_uid == os.getuid() and not state.st_mode & 0o022
+
+
 def leave_record(record: FlockLife) -> None:
     """Leaves the record for callers of this node: they find the nest without the head (C6). Only the owner may read it."""
     path = _record_file(record.flock, node_id())
     fresh = path.with_suffix(f".{os.getpid()}")
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+    fresh.unlink(missing_ok=True)
+    if not _is_ours(path.parent.stat()):
+        raise PermissionError(f"{path.parent} is not this user's own: the flock's record is not left there")
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
         file.write(pickle.dumps(record))
     fresh.rename(path)
 
@@ -157,7 +165,7 @@ def record_left(flock: str) -> FlockLife | None:
     try:
         with _record_file(flock, node_id()).open("rb") as file:
             state = os.fstat(file.fileno())
-            if state.st_uid != os.getuid() or state.st_mode & 0o077:
+            if not _is_ours(state) or state.st_mode & 0o044:
                 return None
             record: FlockLife = pickle.load(file)
             return record

@@ -9,6 +9,7 @@ the generator may change it afterwards; a stream whose caller has gone is closed
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from typing import Any
@@ -35,6 +36,11 @@ class Reading:
         self.chain = chain
         self.method = method
         self.connection = connection
+        self.pulled = 0  # pulls that have been answered whole
+        self.changed = threading.Condition()  # of that
+        self.running = threading.Lock()  # by who runs a sync generator: only one thread may
+        self.closed = False
+        self.step: asyncio.Task[Any] | None = None  # that waits for the next item of an async generator
         self.pulled_at = time.monotonic()
 
 

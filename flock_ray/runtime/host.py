@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import ray
 import ray.exceptions
 
-from flock_ray.core.connection import CALL, LONGEST, ProtocolError
+from flock_ray.core.connection import CALL, LONGEST, NEST_BODY, ProtocolError
 from flock_ray.core.wire import (
     Answer,
     Call,
@@ -47,7 +47,7 @@ from flock_ray.core.wire import (
     encode,
 )
 from flock_ray.runtime.inside import current
-from flock_ray.runtime.life import FULL, MOVED, HostedLife, Response, State
+from flock_ray.runtime.life import FULL, HostedLife, Response, State, refusal
 from flock_ray.runtime.listener import NEST_SOCKET, Answered, Answers, Caller, Listener, socket_path
 from flock_ray.runtime.replies import Down, NoAnswer
 from flock_ray.runtime.sockets import SocketLink
@@ -129,7 +129,7 @@ class Host:
         self._leaving = False
         self._ip = ip
         self._listener: Listener | None = None
-        self._parcels: dict[str, Response] = {}
+        self._parcels: dict[str, tuple[float, Response]] = {}
         self._parcel_numbers = itertools.count()
         self._file = PidFile(boot.directory, boot.host)
         atexit.register(self._file.remove)
@@ -226,10 +226,14 @@ class Host:
     def address(self) -> str:
         return self._listener.address if self._listener is not None else ""
 
-    def _full(self, message: memoryview) -> bytes:
-        """There is no room for this call: nor is there for what its caller sends after it, until he begins anew (C2)."""
+    def _full(self, message: memoryview) -> bytes | None:
+        """There is no room for this call: nor is there for what its caller sends after it, until he begins anew (C2). Pulls always have
+        room: their own credit bounds them.
+        """
         head, order, _ = decode_call(message)
-        if self._life is not None and isinstance(head, Call):
+        if not isinstance(head, Call):
+            return None
+        if self._life is not None:
             self._life.refuse_from(head.caller, order)
         return FULL
 
@@ -241,14 +245,21 @@ class Host:
         """A response as the body of a frame: what is too long, or has something beside it, waits here to be fetched by Ray."""
         if isinstance(response, bytes) and len(response) <= LONGEST:
             return response
-        number = f"{next(self._parcel_numbers)}"
-        self._parcels[number] = response
-        self._later(PARCELS_KEPT, lambda: self._parcels.pop(number, None))
+        number, now = f"{next(self._parcel_numbers)}", time.monotonic()
+        for old, (since, _) in tuple(itertools.islice(self._parcels.items(), 8)):  # the oldest come first
+            if now - since > PARCELS_KEPT:
+                self._parcels.pop(old, None)
+        self._parcels[number] = (now, response)
         return encode(Answer("parcel", number))
 
     def fetch(self, parcel: str) -> Response:
         """What `framed` put aside, once."""
-        return self._parcels.pop(parcel, MOVED)
+        kept = self._parcels.pop(parcel, None)
+        if kept is None:
+            return refusal(
+                f"the result was not fetched within {PARCELS_KEPT:g} s: the method has run, and its result is gone", "BirdUnavailable"
+            )
+        return kept[1]
 
     def send_answers(self, answers: Answers) -> None:
         """Sends answers to calls that were answered by nothing at first."""
@@ -348,7 +359,9 @@ class DirectNestLink:
     def _request(self, what: str, body: bytes, timeout: float) -> bytes:
         try:
             if self._link is None or self._link.lost():
-                self._link = SocketLink(self._boot.secret, self._boot.flock_life, f" {NEST_SOCKET}", Path(self._boot.directory))
+                self._link = SocketLink(
+                    self._boot.secret, self._boot.flock_life, f" {NEST_SOCKET}", Path(self._boot.directory), limit=NEST_BODY
+                )
             return self._link.transmit(CALL, encode(ForNest(what), body)).get(timeout).message
         except (OSError, ProtocolError, Down, NoAnswer) as error:
             raise NestAwayError(str(error)) from error

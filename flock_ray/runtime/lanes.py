@@ -534,10 +534,11 @@ class Lane:
                     casts.append((message, reply))
             self._closed = bool(self._queue)
             self._full = self._full and self._closed
+            opened = not self._closed  # what comes back at once may close it again, and have it opened by another
         for message, reply in watched:
             message.watch(reply)
         for message, reply in casts:
             reply.tell(partial(self.take, message, reply))
         for message, reason in failed:
             message.finish(reason)
-        return not self._closed
+        return opened

@@ -111,12 +111,19 @@ class AsyncLife(HostedLife):
                     return
 
     async def _next(self, reading: Reading) -> Response:
+        """An item. A generator that waits for one may do so for ever: it holds up neither the bird's end nor its own."""
+        task = reading.step = asyncio.current_task()
         try:
-            with self._runs(object(), None), self._inside(reading.chain, is_async=True):
+            with self._inside(reading.chain, is_async=True):
                 generator = reading.generator
                 item = await anext(generator) if inspect.isasyncgen(generator) else next(generator)
         except BaseException as error:  # answered, or the life's end
+            if isinstance(error, asyncio.CancelledError) and task is not None and reading.closed:
+                task.uncancel()  # by `_close`
+                return MOVED
             return self._no_item(reading, error)
+        finally:
+            reading.step = None
         return self._item(reading, item)
 
     def _one_by_one(self, reading: Reading) -> asyncio.Lock:
@@ -126,6 +133,9 @@ class AsyncLife(HostedLife):
         self._loop.call_soon_threadsafe(lambda: self._spawn(self._close(reading)))
 
     async def _close(self, reading: Reading) -> None:
+        reading.closed = True
+        if reading.step is not None:
+            reading.step.cancel()
         async with self._one_by_one(reading):
             try:
                 with self._inside(is_async=True):
@@ -183,11 +193,11 @@ class AsyncLife(HostedLife):
         task.add_done_callback(self._tasks.discard)
 
     async def _run_end(self, reason: str) -> None:
+        for reading in self._readings.pop_all():
+            await self._close(reading)
         await self._idle.wait()
         if self.state is not State.ENDING:
             return  # its last method, or __init__, crashed
-        for reading in self._readings.pop_all():
-            await self._close(reading)
         with self._inside(is_async=True):
             await self._try_hook("on_stop", reason)
             handed = await self._try_hook("hand_over") if self._keeps else None
@@ -229,7 +239,9 @@ class AsyncHost(Host):
     def _call_frame(self, caller: Caller, number: int, message: memoryview) -> bytes | None:
         """On the thread that reads: passes it on to the bird's loop. Many that come at once cost one wake-up."""
         if self._inside + len(self._came) >= self.boot.mailbox:
-            return self._full(message)
+            refused = self._full(message)
+            if refused is not None:
+                return refused
         self._came.append((caller, number, *decode_call(message)))
         if not self._posted:
             self._posted = True
@@ -246,12 +258,15 @@ class AsyncHost(Host):
     async def _answer_frame(self, caller: Caller, number: int, head: Call | Pull, order: int, body: memoryview) -> None:
         self._inside += 1
         try:
-            async with self._room:
-                if isinstance(head, Pull):
-                    async for item in self._pull(head, order):
-                        self._answer(caller, number, self.framed(item))
-                    return
+            if isinstance(head, Pull):  # what waits for an item takes nobody's place
+                async for item in self._pull(head, order):
+                    self._answer(caller, number, self.framed(item))
+                return
+            if head.stream:
                 response = await self._run(head, order, body, (), caller)
+            else:
+                async with self._room:
+                    response = await self._run(head, order, body, (), caller)
         finally:
             self._inside -= 1
         self._answer(caller, number, self.framed(response) if response else head.caller)

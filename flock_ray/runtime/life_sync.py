@@ -14,7 +14,7 @@ from flock_ray.runtime.host import Host
 from flock_ray.runtime.inside import Inside, current
 from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, is_async, log
 from flock_ray.runtime.listener import TOGETHER, Caller
-from flock_ray.runtime.mailbox import ThreadOrder, Turns
+from flock_ray.runtime.mailbox import GAP, ThreadOrder, Turns
 from flock_ray.runtime.payload import unpack
 from flock_ray.runtime.timers import Entry
 
@@ -83,31 +83,40 @@ class SyncLife(HostedLife):
         return self._result(head, result)
 
     def pull(self, pull: Pull, number: int) -> Iterator[Response]:
-        """The next items of a stream, each when it is its turn; no more after `TOGETHER`, if others wait."""
-        gate = self._order.wait(f"{pull.caller}/{pull.order}", number, self._turns.line_up)
-        if gate is not None:
-            gate.acquire()
+        """The next items of a stream, each when it is its turn; no more after `TOGETHER`, if others wait. Pulls of a stream follow on each
+        other, whatever threads they come by.
+        """
+        reading = self._readings.get((pull.caller, pull.order))
+        if reading is None:
+            yield MOVED
+            return
+        with reading.changed:
+            reading.changed.wait_for(lambda: reading.pulled >= number, GAP)
         until = time.monotonic() + TOGETHER
-        for made in range(pull.items):
-            if made:
+        try:
+            for _ in range(pull.items):
                 self._turns.enter()
-            try:
-                reading = self._pulled(pull)
-                answer = self._next(reading) if reading is not None else MOVED
-            finally:
-                self._turns.leave()
-            yield answer
-            if reading is None or self._readings.get(reading.call) is None:
-                return
-            if self._host.awaited() and time.monotonic() > until:
-                yield LATER
-                return
+                try:
+                    answer = self._next(reading) if self._pulled(pull) is reading else MOVED
+                finally:
+                    self._turns.leave()
+                yield answer
+                if self._readings.get(reading.call) is None:
+                    return
+                if self._host.awaited() and time.monotonic() > until:
+                    yield LATER
+                    return
+        finally:
+            with reading.changed:
+                reading.pulled = number + 1
+                reading.changed.notify_all()
 
     def _next(self, reading: Reading) -> Response:
         inside = Inside(self, (*reading.chain, self._link))
         token = current.set(inside)
         try:
-            item = next(reading.generator)
+            with reading.running:
+                item = next(reading.generator)
         except BaseException as error:  # answered, or the life's end
             return self._no_item(reading, error)
         finally:
@@ -126,7 +135,7 @@ class SyncLife(HostedLife):
 
     def _close(self, reading: Reading) -> None:
         try:
-            with self._inside():
+            with self._inside(), reading.running:
                 reading.generator.close()
         except BaseException:
             log.exception("bird %r: the generator of %s raised while it was closed", self.name, reading.method)

@@ -132,7 +132,7 @@ class Listener:
         room: how many calls may wait for their turn.
         call: runs a call, which may take long, and returns its answer; `None`, if that is given to `send` later; or the lane of a cast,
             which was taken: of a run of these the last is answered, with nothing; or several answers, each made when it is asked for.
-        full: answers a call for which there is no room; returns at once.
+        full: answers a call for which there is no room; returns at once, `None` to let it in all the same.
         control: takes an order or a `Withdraw`; returns at once.
         gone: takes a connection that has ended.
         refused: takes why connections were turned away, and how many, once a second at most.
@@ -149,7 +149,7 @@ class Listener:
         slots: int,
         room: int,
         call: Callable[[Caller, int, memoryview], Answered],
-        full: Callable[[memoryview], bytes],
+        full: Callable[[memoryview], bytes | None],
         control: Callable[[memoryview], bytes],
         gone: Callable[[Caller], object] = lambda _: None,
         refused: Callable[[str, int], object] = lambda _, __: None,
@@ -224,9 +224,10 @@ class Listener:
                 logger.warning("no more connections: the process has too many files open")
                 time.sleep(0.01)  # else the loop would spin on it
             return
-        if self._strangers >= STRANGERS:
+        crowded = sock.family != socket.AF_UNIX  # who may enter the folder of the other door is no stranger to this machine
+        if crowded and self._strangers >= STRANGERS:
             self._turn_out_the_slow()
-        if self._strangers >= STRANGERS:
+        if crowded and self._strangers >= STRANGERS:
             self._note_refused("too many strangers knock at once")
             sock.close()
             return
@@ -247,9 +248,10 @@ class Listener:
             self._drop(caller, "it did not prove itself in time")
 
     def _drop(self, caller: Caller, why: str = "") -> None:
-        if self._callers.get(caller.fileno) is not caller:
-            return
-        del self._callers[caller.fileno]
+        with self._lock:
+            if self._callers.get(caller.fileno) is not caller:
+                return
+            del self._callers[caller.fileno]
         if caller.stranger:
             self._strangers -= 1
             why = why or NO_PROOF
@@ -348,10 +350,11 @@ class Listener:
             self._write(caller, reply)
         for kind, number, body in frames:
             if kind == CALL:
-                if len(self._mailbox) < self._room:
+                refused = self._full(body) if len(self._mailbox) >= self._room else None
+                if refused is None:
                     self._mailbox.append((caller, number, body))
                 else:
-                    self._write(caller, frame(ANSWER, number, self._full(body)))
+                    self._write(caller, frame(ANSWER, number, refused))
             elif kind == ANSWER:
                 self._drop(caller, "a caller sent an answer")
                 return
@@ -433,7 +436,10 @@ class Listener:
             time.sleep(SLOW)
             began, now = self._began, time.monotonic()
             if began and now - began > SLOW:
-                self._promote(began)
+                try:
+                    self._promote(began)
+                except Exception:  # the next look tries again
+                    logger.exception("another thread could not be made to read")
             elif not began and now - self._latest > IDLE:
                 self._watching.clear()
                 if self._mailbox or self._began:

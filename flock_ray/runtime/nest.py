@@ -136,7 +136,10 @@ class Nest:
         except OSError as error:
             logger.warning("the nest is reached by this machine's Unix socket and by Ray only: %s", error)
             address = ""
-        await self._in_thread(cluster.leave_record, record)
+        try:
+            await self._in_thread(cluster.leave_record, record)
+        except OSError as error:
+            logger.warning("callers of this node need the head to find the nest: %s", error)
         return address
 
     def _end_with_the_raylet(self) -> None:
@@ -157,6 +160,7 @@ class Nest:
 
     async def _poll(self) -> None:
         while not self._ending:
+            self._refusals.tell()
             try:
                 if not await self._still_wanted():
                     return

@@ -34,13 +34,23 @@ class Wire(asyncio.Protocol):
         connection: its protocol.
         heard: takes what the other side says.
         ended: is told of the end, and why: empty if the other side just closed it.
+        greets: is this the side that has connected?
+        made: is told of the beginning.
     """
 
-    def __init__(self, connection: Connection, heard: Heard, ended: Callable[[Wire, str], object], greets: bool) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        heard: Heard,
+        ended: Callable[[Wire, str], object],
+        greets: bool,
+        made: Callable[[Wire], object] | None = None,
+    ) -> None:
         self._connection = connection
         self._heard = heard
         self._ended = ended
         self._greets = greets
+        self._made = made
         self._transport: asyncio.Transport | None = None
         self._late: asyncio.TimerHandle | None = None
         self.early: list[tuple[int, int, bytes]] = []  # what is to be sent once the proofs are made
@@ -50,6 +60,11 @@ class Wire(asyncio.Protocol):
     @property
     def open(self) -> bool:
         return self._connection.open
+
+    @property
+    def remote(self) -> bool:
+        """Did it come over TCP?"""
+        return self._transport is not None and isinstance(self._transport.get_extra_info("peername"), tuple)
 
     @property
     def peer(self) -> str:
@@ -79,6 +94,8 @@ class Wire(asyncio.Protocol):
         if sock is not None and sock.family != socket.AF_UNIX:
             keep_alive(sock)
         self._late = asyncio.get_running_loop().call_later(PATIENCE, self._check_proof)
+        if self._made is not None:
+            self._made(self)
         if self._greets:
             self._transport.write(self._connection.greeting())
 
@@ -143,7 +160,11 @@ class Door:
         door = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bind(door, ip, ports)
-        self._servers.append(await loop.create_server(self._wire, sock=door, backlog=BACKLOG, ssl=tls))
+        self._servers.append(
+            await loop.create_server(
+                self._wire, sock=door, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=PATIENCE if tls is not None else None
+            )
+        )
         return f"{ip}:{door.getsockname()[1]}"
 
     def close(self) -> None:
@@ -155,11 +176,13 @@ class Door:
         self._path.unlink(missing_ok=True)
 
     def _wire(self) -> Wire:
-        wire = Wire(Connection(self._secret, self._life, os.urandom(32), listens=True, limit=NEST_BODY), self._heard, self._ended, False)
+        connection = Connection(self._secret, self._life, os.urandom(32), listens=True, limit=NEST_BODY)
+        return Wire(connection, self._heard, self._ended, False, self._made)
+
+    def _made(self, wire: Wire) -> None:
         self._wires.add(wire)
-        if sum(not each.open for each in self._wires) > STRANGERS:
-            asyncio.get_running_loop().call_soon(wire.end, "too many strangers knock at once")
-        return wire
+        if wire.remote and sum(not each.open and each.remote for each in self._wires) > STRANGERS:
+            wire.end("too many strangers knock at once")
 
     def _ended(self, wire: Wire, why: str) -> None:
         self._wires.discard(wire)

@@ -13,7 +13,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, InvalidStateError
+from concurrent.futures import CancelledError, Future
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -139,7 +139,7 @@ class Pending:
     waited_in: tuple[tuple[str, Name], ...] = ()  # the chain of who waits for a future
     to_be_watched = False  # once it is sent (again)
     is_watched = False  # somebody wants to be told
-    _teller: Callable[[], object] | None = None
+    _tellers: tuple[Callable[[], object], ...] = ()
 
     def __init__(
         self,
@@ -179,17 +179,17 @@ class Pending:
             if self.finished:
                 return
             self.outcome, self.finished = outcome, True
-            teller, self._teller = self._teller, None
+            tellers, self._tellers = self._tellers, ()
         if self.due_with is not None:
             self.due_with.discard(self)
-        if teller is not None:
+        for teller in tellers:
             teller()
 
     def when_finished(self, teller: Callable[[], object]) -> None:
-        """Has this called, in some thread where it must not block, once there is an outcome. For one teller at a time."""
+        """Has this called, in some thread where it must not block, once there is an outcome."""
         with self.lane.lock:
             if not self.finished:
-                self._teller = teller
+                self._tellers = (*self._tellers, teller)
                 return
         teller()
 
@@ -316,7 +316,7 @@ def _set(woken: asyncio.Future[None]) -> None:
 
 
 _OF_THE_BASE = ("_condition", "_state", "_result", "_exception", "_done_callbacks", "_who_waits")
-_making = threading.Lock()
+_making = threading.RLock()
 
 
 class CallFuture(Future[Any]):
@@ -327,6 +327,7 @@ class CallFuture(Future[Any]):
     """
 
     _armed = False
+    _told = False
     _value: tuple[Any, BaseException | None] | None = None
 
     def __init__(self, message: Pending) -> None:
@@ -420,7 +421,7 @@ class CallFuture(Future[Any]):
 
     @_waiters.setter
     def _waiters(self, waiters: list[Any]) -> None:
-        self._who_waits = waiters
+        """The base class would begin with an empty list, which is there."""
 
     def _arm(self) -> None:
         """From here on somebody wants to be told."""
@@ -430,10 +431,11 @@ class CallFuture(Future[Any]):
 
     def _settle(self) -> None:
         """Tells those who wait by the means of the base class."""
-        self._armed = True  # else the base class, which looks for waiters now, would have it armed
-        with contextlib.suppress(InvalidStateError):
-            if isinstance(self._message.outcome, CancelledError):
-                super().cancel()
-                self.set_running_or_notify_cancel()
-            else:
-                self.set_result(None)  # `result` unpickles it where it is asked for
+        with _making:
+            if self._told:
+                return
+            self._told = self._armed = True  # else the base class, which looks for waiters now, would have it armed
+        if not isinstance(self._message.outcome, CancelledError):
+            self.set_result(None)  # `result` unpickles it where it is asked for
+        elif super().cancel():
+            self.set_running_or_notify_cancel()

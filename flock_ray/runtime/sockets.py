@@ -19,7 +19,6 @@ import os
 import select
 import socket
 import ssl
-import struct
 import threading
 import time
 import weakref
@@ -28,7 +27,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from flock_ray.core.connection import CONTROL, Connection, ProtocolError, frame
+from flock_ray.core.connection import CONTROL, MAX_BODY, Connection, ProtocolError, frame
 from flock_ray.runtime.listener import READ, keep_alive
 from flock_ray.runtime.replies import Down, NoAnswer, Raw, Urgency
 from flock_ray.runtime.spin import Spin
@@ -57,13 +56,12 @@ _mine = _Buffer()
 class WireReply:
     """The answer to one frame."""
 
-    __slots__ = ("_callback", "_down", "_gate", "_link", "_on_loop", "_raw", "_teller", "done", "number")
+    __slots__ = ("_callback", "_down", "_link", "_on_loop", "_raw", "_teller", "done", "number")
 
     def __init__(self, link: SocketLink) -> None:
         self._link = link
         self._raw: Raw | None = None
         self._down: Down | None = None
-        self._gate: threading.Lock | None = None
         self._callback: Callable[[], object] | None = None
         self._teller: Callable[[], object] | None = None
         self._on_loop = False
@@ -114,12 +112,14 @@ class WireReply:
     def settle(self, raw: Raw | None, down: Down | None) -> None:
         link = self._link
         with link.mutex:
-            self._raw, self._down, self.done = raw, down, True
-            callback, teller, gate = self._callback, self._teller, self._gate
+            self._raw, self._down = raw, down
+            self.done = self._is_there()
+            callback, teller = self._callback, self._teller
             self._callback = self._teller = None
+            gates = [gate for gate, reply in link.sleepers.items() if reply is self] if link.sleepers else ()
             if callback is not None and not self._on_loop:
                 link.watched -= 1
-        if gate is not None:
+        for gate in gates:
             with contextlib.suppress(RuntimeError):  # let go already
                 gate.release()
         if teller is not None:
@@ -127,15 +127,12 @@ class WireReply:
         if callback is not None:
             callback()
 
+    def _is_there(self) -> bool:
+        return True
+
     def is_over(self, down: Down) -> None:
         """It was not even sent: nobody waits for it yet."""
         self._down, self.done = down, True
-
-    def gate(self) -> threading.Lock:
-        """What the thread that waits, and does not read, waits for."""
-        self._gate = gate = threading.Lock()
-        gate.acquire()
-        return gate
 
 
 class WireItems(WireReply):
@@ -162,11 +159,21 @@ class WireItems(WireReply):
 
     def settle(self, raw: Raw | None, down: Down | None) -> None:
         if raw is not None:
-            self._came.append(raw)
-            self._left -= 1
-            if self._left:
+            with self._link.mutex:
+                self._came.append(raw)
+                self._left -= 1
+                self.done = True
+                more = self._left > 0
+            if more:
                 self._link.expect(self)
         super().settle(None, down)
+
+    def forget(self) -> None:
+        self._left = 0
+        super().forget()
+
+    def _is_there(self) -> bool:
+        return bool(self._came) or self._down is not None
 
 
 def _no_loop() -> None:
@@ -186,16 +193,19 @@ class SocketLink:
         address: as `Listener.address` has it.
         folder: of the host's Unix socket, if it is on this machine.
         tls: encrypts what goes over TCP.
+        limit: bytes of the longest message, either way.
 
     Raises:
         OSError: it cannot be reached.
         ProtocolError: what listens there does not hold the flock's secret.
     """
 
-    def __init__(self, secret: bytes, life: str, address: str, folder: Path, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, secret: bytes, life: str, address: str, folder: Path, tls: ssl.SSLContext | None = None, limit: int = MAX_BODY
+    ) -> None:
         self.mutex = threading.Lock()  # guards the replies' states, and the next two
         self.watched = 0  # replies that have callbacks, and no event loop that reads
-        self._sleepers: dict[WireReply, threading.Lock] = {}
+        self.sleepers: dict[threading.Lock, WireReply] = {}  # each thread's gate, and what it waits for
         self._writing = threading.Lock()  # guards the next five
         self._replies: dict[int, WireReply] = {}  # by number
         self._next = 0
@@ -207,7 +217,8 @@ class SocketLink:
         self._latest_loop: Callable[[], asyncio.AbstractEventLoop | None] = _no_loop
         self._flushes: asyncio.AbstractEventLoop | None = None  # that will write what is to be written together
         self._gone = False
-        self._connection = Connection(secret, life, os.urandom(32), listens=False)
+        self._limit = limit
+        self._connection = Connection(secret, life, os.urandom(32), listens=False, limit=limit)
         sock = _connect(address, folder, tls)
         self.local = sock.family == socket.AF_UNIX
         self.path = "unix" if self.local else "tcp"
@@ -234,7 +245,6 @@ class SocketLink:
             if reply:
                 sock.sendall(reply)
         sock.settimeout(None)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(LONG), 0))
         self._heard()
 
     def _heard(self) -> None:
@@ -283,9 +293,9 @@ class SocketLink:
             if self._gone:
                 reply.is_over(Down("the host's connection is closed", ran=False))
                 return reply
+            data = frame(kind, number, message, self._limit)
             self._replies[number] = reply
             unsent = self.unsent
-            data = frame(kind, number, message)
             if urgency is Urgency.NOW:
                 unsent.append((number, data))
                 self._unsent_size += len(data)
@@ -316,7 +326,7 @@ class SocketLink:
         """Writes what the peer takes. True if something is left, or if the connection has broken. Whoever calls it holds `_writing`."""
         unsent = self.unsent
         while unsent:
-            number, data = unsent[0]
+            _, data = unsent[0]
             count = 1
             if len(unsent) > 1:
                 parts, size = [], 0
@@ -327,26 +337,41 @@ class SocketLink:
                         break
                 data, count = b"".join(parts), len(parts)
             try:
-                sent = self._socket.send(data, _NO_WAIT)
+                if not self._send_some(data, count):
+                    return True
             except BlockingIOError:
                 return True
             except OSError:
-                self._gone = True
-                with contextlib.suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)  # whoever reads finds it, and settles all
+                self._end()
                 return True
-            self._unsent_size -= sent
-            if sent == len(data):
-                for _ in range(count):
-                    unsent.popleft()
-                continue
-            while sent:
-                number, data = unsent.popleft()
-                if sent < len(data):
-                    unsent.appendleft((number, data[sent:]))
-                    return True
-                sent -= len(data)
+            except BaseException:  # an interrupt: nobody knows whether it was sent
+                unsent.clear()
+                self._end()
+                raise
         return False
+
+    def _send_some(self, data: bytes, count: int) -> bool:
+        """Sends what the peer takes of the first frames. True if it took all of them."""
+        unsent = self.unsent
+        sent = self._socket.send(data, _NO_WAIT)
+        self._unsent_size -= sent
+        if sent == len(data):
+            for _ in range(count):
+                unsent.popleft()
+            return True
+        while sent:
+            number, part = unsent.popleft()
+            if sent < len(part):
+                unsent.appendleft((number, part[sent:]))
+                break
+            sent -= len(part)
+        return False
+
+    def _end(self) -> None:
+        """The connection is over: whoever reads finds that, and settles all."""
+        self._gone = True
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     # Reading
 
@@ -369,27 +394,28 @@ class SocketLink:
                 if until is not None:
                     left = min(until - time.monotonic(), LONG)
         finally:  # also of an interrupt: the others must not wait for one who has gone
-            if (self._sleepers or self.watched) and not self._reading.locked():
+            if (self.sleepers or self.watched) and not self._reading.locked():
                 self._hand_on()
 
     def _sleep(self, reply: WireReply, seconds: float) -> None:
         """Somebody else reads: waits until the answer came, or it is this thread's turn to read."""
-        gate = reply.gate()
+        gate = threading.Lock()
+        gate.acquire()
         with self.mutex:
-            self._sleepers[reply] = gate
+            self.sleepers[gate] = reply
         try:
             if not reply.done and self._reading.locked():
                 gate.acquire(timeout=seconds)
         finally:
             with self.mutex:
-                self._sleepers.pop(reply, None)
+                self.sleepers.pop(gate, None)
 
     def _hand_on(self) -> None:
         """Whoever has read stops: another one who waits reads on, or the thread for those whom nobody waits for."""
         sleeper = None
-        if self._sleepers:
+        if self.sleepers:
             with self.mutex:
-                sleeper = next((gate for reply, gate in self._sleepers.items() if not reply.done), None)
+                sleeper = next((gate for gate, reply in self.sleepers.items() if not reply.done), None)
         if sleeper is not None:
             with contextlib.suppress(RuntimeError):  # woken already
                 sleeper.release()
@@ -440,8 +466,19 @@ class SocketLink:
         """Reads once, and settles what was answered. Whoever calls it holds `_reading`."""
         if self._gone and not self._replies:
             return
+        if seconds > 0 and not self._wait(seconds):
+            return
         try:
-            size = self._recv(seconds)
+            self._read_now()
+        except BaseException:  # an interrupt, or a callback that failed: something of what came may be lost
+            with self._writing:
+                self.unsent.clear()
+                self._end()
+            raise
+
+    def _read_now(self) -> None:
+        try:
+            size = self._recv_now()
         except OSError as error:
             self._broke(str(error))
             return
@@ -462,19 +499,12 @@ class SocketLink:
             if reply is not None:
                 reply.settle(Raw(bytes(body)), None)
 
-    def _recv(self, seconds: float) -> int | None:
-        """How many bytes have come; `None` if none did in the time."""
-        if seconds > 0:
-            size = self._spin.until(self._recv_now)
-            if size is not None:
-                return size
-            if seconds < LONG and not self._poll.poll(seconds * 1000):
-                return None
-            try:
-                return self._socket.recv_into(_mine.data)  # the kernel ends a longer wait: to poll before each read costs 8 us (measured)
-            except BlockingIOError:
-                return None
-        return self._recv_now()
+    def _wait(self, seconds: float) -> bool:
+        """Waits until there is something to read. Nothing is lost by an interrupt here."""
+        return bool(self._spin.until(self._look_now) or self._poll.poll(seconds * 1000))
+
+    def _look_now(self) -> bool | None:
+        return bool(self._poll.poll(0)) or None
 
     def _recv_now(self) -> int | None:
         try:
@@ -491,11 +521,11 @@ class SocketLink:
             self._unsent_size = 0
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+        for number, reply in replies.items():
+            reply.settle(None, Down(f"the host's connection broke: {why}", ran=number not in unsent))
         for loop in tuple(self._loops):
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                 loop.call_soon_threadsafe(self._leave, loop)
-        for number, reply in replies.items():
-            reply.settle(None, Down(f"the host's connection broke: {why}", ran=number not in unsent))
 
     @property
     def fileno(self) -> int:

@@ -80,6 +80,9 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
             self._late()
         except Down as down:
             self._lost(down)
+        except BaseException:  # an interrupt: an item may be lost
+            self.close()
+            raise
         else:
             self._take(opened)
 
@@ -140,7 +143,8 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
 
     def __del__(self) -> None:
         if not self._ended:
-            self._message.lane.client.courier.post(_close, self._opening, self._message)  # not here: the collector runs anywhere
+            replies = [reply for reply, _ in self._pulls]
+            self._message.lane.client.courier.post(_close, self._opening, self._message, replies)  # not here: the collector runs anywhere
 
     def _drop_pulls(self) -> None:
         for reply, _ in self._pulls:
@@ -246,7 +250,9 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
             message.deadline = max(message.deadline, time.monotonic() + self._timeout)
 
 
-def _close(opening: Pending | None, message: Pending) -> None:
+def _close(opening: Pending | None, message: Pending, replies: list[Reply]) -> None:
+    for reply in replies:
+        reply.forget()
     if opening is not None:
         opening.take_back()
     elif message.link is not None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from flock_ray.config import Config
 from flock_ray.core import wire
-from flock_ray.core.connection import CALL, LONGEST, ProtocolError
+from flock_ray.core.connection import CALL, LONGEST, NEST_BODY, ProtocolError
 from flock_ray.runtime import cluster
 from flock_ray.runtime.courier import Courier
 from flock_ray.runtime.links import Link, NestLink, RayLink, RayLinks, RayReply
@@ -97,9 +97,9 @@ class DirectLink(SocketLink):
             return self.transmit(CALL, message, urgency)
         # What follows on a message by Ray goes that way too until that is answered: it would overtake it on the socket.
         self.flush()
+        reply = self._by_ray(lambda link: link.send(message, extra))
         with self._lock:
             self._under_way += 1
-        reply = self._by_ray(lambda link: link.send(message, extra))
         reply.on_done(self._one_done)
         return reply
 
@@ -135,14 +135,27 @@ class DirectLink(SocketLink):
             return
         with self._lock:
             self._ray_link = link
-            replies = [(ask(link), later) for ask, later in self._waiting]
-            self._waiting = []
-        for reply, later in replies:
-            later.set_result(reply)
+            waiting, self._waiting = self._waiting, []
+            asked = [(later, _asked(ask, link)) for ask, later in waiting]  # in order, before others may ask
+        for later, outcome in asked:
+            if isinstance(outcome, Exception):
+                later.set_exception(outcome)
+            else:
+                later.set_result(outcome)
+
+
+def _asked(ask: Callable[[RayLink], RayReply], link: RayLink) -> RayReply | Exception:
+    try:
+        return ask(link)
+    except Exception as error:  # Ray did not take it: for who waits
+        return error
 
 
 class DirectNestLink(SocketLink):
     """The way to the nest of this node over its socket."""
+
+    def __init__(self, secret: bytes, life: str, folder: Path) -> None:
+        super().__init__(secret, life, f" {NEST_SOCKET}", folder, limit=NEST_BODY)
 
     def ask(self, request: bytes) -> Reply:
         return self.transmit(CALL, wire.encode(wire.ForNest("ask"), request))
@@ -163,6 +176,7 @@ class Ways(RayLinks):
         self._courier = courier
         self._direct: dict[str, DirectLink] = {}
         self._unreached: dict[str, float] = {}  # until when no socket to a node is tried
+        self._making: dict[str, Lock] = {}
         tls = contexts()
         self._tls = tls[1] if tls is not None else None
 
@@ -181,7 +195,7 @@ class Ways(RayLinks):
         if record is None or record.ending or record.config.wire != "auto":
             return None
         try:
-            link = DirectNestLink(record.secret, record.life, f" {NEST_SOCKET}", cluster.folder_of(record, cluster.node_id()))
+            link = DirectNestLink(record.secret, record.life, cluster.folder_of(record, cluster.node_id()))
         except (OSError, ProtocolError):
             return None
         cluster.remember(record)
@@ -200,15 +214,16 @@ class Ways(RayLinks):
 
     def host(self, route: Route) -> Link:
         """Over a socket if the host listens and can be reached, else over Ray. May block. Raises `Down` if the host is gone."""
-        link = self._direct.get(route.host)
-        if link is not None and not link.lost():
-            return link
-        made = self._connect(route)
-        if made is None:
-            return self.ray_host(route)
-        self._direct = {name: kept for name, kept in self._direct.items() if not kept.lost()}
-        self._direct[route.host] = made
-        return made
+        with self._making.setdefault(route.host, Lock()):  # of several threads one connects
+            link = self._direct.get(route.host)
+            if link is not None and not link.lost():
+                return link
+            made = self._connect(route)
+            if made is not None:
+                self._direct = {name: kept for name, kept in self._direct.items() if not kept.lost()}
+                self._direct[route.host] = made
+        self._making.pop(route.host, None)
+        return made or self.ray_host(route)
 
     def _connect(self, route: Route) -> DirectLink | None:
         record = cluster.record_of(self.flock)

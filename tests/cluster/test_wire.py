@@ -23,7 +23,6 @@ from flock_ray.runtime import client as client_module
 from flock_ray.runtime import cluster
 from flock_ray.runtime.client import client_of
 from flock_ray.runtime.links import RayLink
-from flock_ray.runtime.listener import NEST_SOCKET
 from flock_ray.runtime.ways import DirectLink, DirectNestLink
 from tests.cluster import birds
 from tests.cluster.conftest import eventually
@@ -177,7 +176,7 @@ def notices():
 
 def ask_nest(node, query):
     record = cluster.record_of("default")
-    link = DirectNestLink(record.secret, record.life, f" {NEST_SOCKET}", cluster.folder_of(record, node))
+    link = DirectNestLink(record.secret, record.life, cluster.folder_of(record, node))
     return pickle.loads(link.read(pickle.dumps(query)).get(30).message)
 
 

@@ -113,13 +113,14 @@ class Pair:
         mailbox: int = 100_000,
         name: str = "h",
         state: bytes | None = None,
+        slots: int = 1,
         **config: Any,
     ) -> None:
         self.nest = Nest()
         self.codes: list[int] = []
         host = f"async:{name}" if is_async else name
         boot = HostBoot(host, "default", LIFE, 1e6, str(folder), "01", (), os.getpid(), Life("node", 1), mailbox, SECRET)
-        spec = Spec("m", "C", "digest", pickle.dumps(((), {})), Options(), None, Stamp(0, 0), "r")
+        spec = Spec("m", "C", "digest", pickle.dumps(((), {})), Options(max_concurrency=slots), None, Stamp(0, 0), "r")
         order = pickle.dumps(HatchOrder("default", "a", DOT, 1, spec, cloudpickle.dumps(cls), 0, 0, state, state is not None))
         self.loop: asyncio.AbstractEventLoop | None = None
         kind = AsyncHost if is_async else SyncHost

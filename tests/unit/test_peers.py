@@ -65,15 +65,16 @@ def test_callers_and_hosts_ask_a_nest_from_their_threads(tmp_path):
         loop = asyncio.get_running_loop()
 
         def ask():
-            link = DirectNestLink(SECRET, LIFE, " nest.sock", tmp_path)
+            link = DirectNestLink(SECRET, LIFE, tmp_path)
             assert link.ask(b"1").get(5).message == b"answer to 1"
             assert link.read(b"2").get(5).message == b"answer to 2"
             link.ready(5)
+            assert len(link.ask(bytes(9_000_000)).get(20).message) > 9_000_000, "what a nest is told may be long"
             assert SocketLink(SECRET, LIFE, nest.address, tmp_path).control(wire.encode(wire.ForNest("x"), b"3")).get(5).message
             return link
 
         link = await loop.run_in_executor(None, ask)
-        assert [head.what for head in nest.requests] == ["ask", "read", "ready", "x"]
+        assert [head.what for head in nest.requests] == ["ask", "read", "ready", "ask", "x"]
         nest.door.close()
         with pytest.raises(Down):
             await loop.run_in_executor(None, lambda: link.ask(b"4").get(5))
@@ -217,7 +218,7 @@ def test_a_stale_socket_file_of_an_earlier_life_is_replaced(tmp_path):
     async def go():
         nest = await Nest(tmp_path).open()
         loop = asyncio.get_running_loop()
-        assert await loop.run_in_executor(None, lambda: DirectNestLink(SECRET, LIFE, " nest.sock", tmp_path).ask(b"1").get(5))
+        assert await loop.run_in_executor(None, lambda: DirectNestLink(SECRET, LIFE, tmp_path).ask(b"1").get(5))
         nest.door.close()
         assert not (tmp_path / "nest.sock").exists()
 

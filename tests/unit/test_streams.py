@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import gc
 import threading
 import time
@@ -669,3 +670,165 @@ def test_nothing_is_lost_doubled_or_disordered_by_a_move(tmp_path, way, cls, del
         assert [n for who, n in got if who == k] == list(range(count)), f"caller {k}"
     pair.close()
     after.close()
+
+
+# What a hostile reader found
+
+
+class Topic:
+    """Subscribers wait for ever, as long as nobody publishes."""
+
+    def __init__(self):
+        self.queues = []
+
+    async def subscribe(self):
+        queue = asyncio.Queue()
+        self.queues.append(queue)
+        LOG.append("begun")
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self.queues.remove(queue)
+            LOG.append("closed")
+
+    async def publish(self, what):
+        for queue in self.queues:
+            queue.put_nowait(what)
+        return len(self.queues)
+
+    async def on_stop(self, reason):
+        LOG.append(reason)
+
+
+@pytest.fixture
+def topic(tmp_path):
+    made = Pair(tmp_path, "unix", Topic, is_async=True, slots=2)
+    yield made
+    made.close()
+
+
+def test_idle_subscribers_take_nobodys_place(topic):
+    streams = [topic.stream("subscribe", timeout=None) for _ in range(10)]
+    until(lambda: LOG.count("begun") == 10, "they listen")
+    assert topic.call("publish", "news") == 10
+    assert [next(stream) for stream in streams] == ["news"] * 10
+
+
+def test_closing_a_stream_that_waits_ends_its_generator(topic):
+    stream = topic.stream("subscribe")
+    until(lambda: LOG == ["begun"], "it listens")
+    topic.call("publish", "news")
+    assert next(stream) == "news"
+    stream.close()
+    until(lambda: LOG == ["begun", "closed"], "it is closed though no item came")
+    assert topic.call("publish", "more") == 0
+
+
+def test_a_caller_that_goes_away_closes_a_stream_that_waits(topic):
+    stream = topic.stream("subscribe")
+    until(lambda: LOG == ["begun"], "it listens")
+    topic.break_connections()
+    until(lambda: "closed" in LOG, "it is closed")
+    stream.close()
+
+
+def test_a_bird_ends_in_good_order_though_somebody_listens(topic):
+    stream = topic.stream("subscribe")
+    until(lambda: LOG == ["begun"], "it listens")
+    topic.host.control(wire.encode(wire.EndOrder(DOT, 1, "stopped", False, 5.0)))
+    until(lambda: LOG == ["begun", "closed", "stopped"], "its generators are closed, and then on_stop runs")
+    with pytest.raises(errors.FlockError):
+        next(stream)
+
+
+def test_a_stream_of_a_bird_with_several_threads_is_made_by_one_at_a_time(tmp_path, way):
+    pair = Pair(tmp_path, way, Source, slots=3)
+    for _ in range(3):
+        assert list(pair.stream("count", 40, 0.003)) == list(range(40))
+    slow = pair.stream("count", 10**9, 0.02)
+    assert next(slow) == 0
+    slow.close()
+    until(lambda: LOG.count("closed") == 4, "it is closed while it runs")
+    pair.close()
+
+
+def test_a_pull_has_room_in_a_full_mailbox(tmp_path):
+    pair = Pair(tmp_path, "unix", Source, mailbox=1)
+    stream = pair.stream("count", 200)
+    assert next(stream) == 0
+    holding = pair.future("hold")
+    until(lambda: "holds" in LOG, "it holds")
+    waiting = pair.future("put", 1)
+    threading.Timer(0.1, GO.set).start()
+    assert list(stream) == list(range(1, 200))
+    assert holding.result(5) is None
+    assert waiting.result(5) == 1
+    pair.close()
+
+
+@pytest.mark.parametrize("again", range(3))
+def test_all_who_ask_a_future_are_told(tmp_path, again):
+    pair = Pair(tmp_path, "unix", Source)
+    holding, told, got = pair.future("hold"), threading.Event(), []
+    until(lambda: "holds" in LOG, "it holds")
+    future = pair.future("put", 7)
+    future.add_done_callback(lambda _: told.set())
+    askers = [threading.Thread(target=lambda: got.append(future.result(5))) for _ in range(4)]
+    waiter = threading.Thread(target=lambda: got.append(len(concurrent.futures.wait([future], 5).done)))
+    for thread in (*askers, waiter):
+        thread.start()
+    with pytest.raises(TimeoutError):
+        future.result(0.05)
+    began = time.monotonic()
+    GO.set()
+    for thread in (*askers, waiter):
+        thread.join(5)
+    assert sorted(got) == [1, 7, 7, 7, 7]
+    assert told.wait(5)
+    assert time.monotonic() - began < 0.8
+    assert holding.result(5) is None
+    pair.close()
+
+
+def test_a_watched_future_can_be_cancelled(tmp_path):
+    pair = Pair(tmp_path, "unix", Source)
+    holding = pair.future("hold")
+    future, told = pair.future("put", 1), []
+    future.add_done_callback(lambda one: told.append(one.cancelled()))
+    assert not future.done()
+    assert future.cancel()
+    assert future.cancel()
+    until(lambda: told == [True], "it is told")
+    with pytest.raises(concurrent.futures.CancelledError):
+        future.result(5)
+
+    async def go():
+        wrapped = asyncio.wrap_future(pair.future("put", 2))
+        await asyncio.sleep(0.05)
+        wrapped.cancel()
+        await asyncio.sleep(0.05)
+        return wrapped.cancelled()
+
+    assert asyncio.run(go())
+    GO.set()
+    assert holding.result(5) is None
+    assert pair.call("everything") == []
+    pair.close()
+
+
+def test_a_result_that_nobody_fetched_in_time_is_gone_and_its_method_does_not_run_again(tmp_path, monkeypatch):
+    from flock_ray.runtime import host
+
+    monkeypatch.setattr(host, "PARCELS_KEPT", 0.05)
+    pair = Pair(tmp_path, "unix", Source)
+    threads = threading.active_count()
+    first = wire.decode(pair.host.framed(bytes(2_000_000)))[0]
+    assert first.kind == "parcel"
+    time.sleep(0.1)
+    for _ in range(50):
+        pair.host.framed(bytes(2_000_000))
+    assert threading.active_count() == threads, "what waits to be fetched costs no thread"
+    answer = wire.decode(pair.host.fetch(first.text))[0]
+    assert (answer.kind, answer.error) == ("refused", "BirdUnavailable"), "`moved` would have it run again"
+    pair.close()
