@@ -214,18 +214,31 @@ class Ways(RayLinks):
 
     def host(self, route: Route) -> Link:
         """Over a socket if the host listens and can be reached, else over Ray. May block. Raises `Down` if the host is gone."""
-        with self._making.setdefault(route.host, Lock()):  # of several threads one connects
-            link = self._direct.get(route.host)
-            if link is not None and not link.lost():
-                return link
+        making = self._making.setdefault(route.host, Lock())  # of several threads one connects
+        try:
+            with making:
+                return self._made(route)
+        finally:
+            self._making.pop(route.host, None)
+
+    def _made(self, route: Route) -> Link:
+        link = self._direct.get(route.host)
+        if link is not None and not link.lost():
+            return link
+        try:
             made = self._connect(route)
-            if made is not None:
-                self._direct = {name: kept for name, kept in self._direct.items() if not kept.lost()}
-                self._direct[route.host] = made
-        self._making.pop(route.host, None)
-        return made or self.ray_host(route)
+        except ConnectionRefusedError:  # the host is gone, or a firewall says no: Ray knows, and is asked before a message is risked
+            by_ray = self.ray_host(route)
+            by_ray.used_at = 0.0
+            return by_ray
+        if made is None:
+            return self.ray_host(route)
+        self._direct = {name: kept for name, kept in self._direct.items() if not kept.lost()}
+        self._direct[route.host] = made
+        return made
 
     def _connect(self, route: Route) -> DirectLink | None:
+        """A new connection; `None` if there is no way for one. Raises `ConnectionRefusedError` if nobody listens there."""
         record = cluster.record_of(self.flock)
         if not route.address or record is None or cluster.is_ray_client() or self._unreached.get(route.node, 0.0) > time.monotonic():
             return None
@@ -233,7 +246,7 @@ class Ways(RayLinks):
             folder = cluster.folder_of(record, route.node)
             return DirectLink(record.secret, record.life, route.address, folder, self._courier, lambda: self.ray_host(route), self._tls)
         except ConnectionRefusedError:
-            return None  # the host is gone, or a firewall says no: Ray knows
+            raise
         except (OSError, ProtocolError):
             self._unreached[route.node] = time.monotonic() + AGAIN
             return None

@@ -323,3 +323,25 @@ def test_refusals_are_told_together(monkeypatch):
     time.sleep(0.11)
     refusals.tell()
     assert told == [("noise", 1), ("noise", 99)]
+
+
+def test_a_host_that_nobody_listens_for_is_looked_at_by_ray_before_a_message_is_risked(tmp_path, monkeypatch):
+    """Its process has just died, and its nest has not seen it yet: a message by Ray would be lost with it."""
+    from flock_ray.runtime import cluster
+    from flock_ray.runtime.links import RayLink
+    from flock_ray.runtime.ways import Ways
+    from flock_ray.specs import Dot, Life, Route
+
+    by_ray = RayLink.__new__(RayLink)
+    by_ray.used_at = time.monotonic()
+    monkeypatch.setattr(cluster, "record_of", lambda flock: type("Record", (), {"secret": SECRET, "life": LIFE}))
+    monkeypatch.setattr(cluster, "folder_of", lambda record, node: tmp_path)
+    monkeypatch.setattr(cluster, "is_ray_client", lambda: False)
+    monkeypatch.setattr(Ways, "ray_host", lambda self, route: by_ray)
+    ways = Ways("default", None)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]} 1.sock"
+    route = Route("a", Dot(Life("node", 1), 1), 1, "node", "host:1", address)
+    assert ways.host(route) is by_ray
+    assert by_ray.used_at == 0.0
+    assert not ways._making
