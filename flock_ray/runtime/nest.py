@@ -107,13 +107,13 @@ class Nest:
         if not await self._still_wanted():
             return
         self._nodes = await self._in_thread(cluster.nodes)
+        node = self._nodes.get(self._node)
+        ip = node.ip if node is not None else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
+        door = await self._listen(ip) if self._config.wire == "auto" else ""  # first: the hosts to be adopted come by it
         adopted, exits, crashes = await self._hosts.adopt(self._config.nest_grace * 0.6)
         known = [a.record.life.number for a in adopted if a.record is not None]
         number = max([time.time_ns() // 1_000_000, *[n + 1 for n in known]])
         self._hosts.life = life = Life(self._node, number)
-        node = self._nodes.get(self._node)
-        ip = node.ip if node is not None else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
-        door = await self._listen(ip) if self._config.wire == "auto" else ""
         self._members = Members(life, self._record.life, self._record.secret, ip, door, self._config, self._handle)
         self._registry = Registry(life, self._config, random.Random().random)
         await self._members.start()
