@@ -251,7 +251,7 @@ class HostedLife:
         """The call's `(args, kwargs)`; or the refusal, as bytes."""
         try:
             return unpack(body, extra)
-        except Exception as error:  # whatever the caller's objects do here concerns the caller
+        except BaseException as error:  # whatever the caller's objects do here concerns the caller
             text = f"cannot unpickle the arguments of {self._method_name(head.method)}: {describe(error)}"
             if head.cast:
                 log.error("%s", text)

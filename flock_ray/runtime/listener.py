@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from flock_ray.core.connection import ANSWER, CALL, Connection, ProtocolError, frame
+from flock_ray.core.connection import ANSWER, CALL, Connection, Frame, ProtocolError, frame
 from flock_ray.runtime.spin import Spin
 from flock_ray.runtime.tls import Encrypted
 
@@ -165,7 +165,7 @@ class Listener:
         self._strangers = 0
         self._mailbox: deque[tuple[Caller, int, memoryview]] = deque()
         self._spin = Spin()
-        self._lock = threading.Lock()  # guards the four below
+        self._lock = threading.RLock()  # guards the four below; to send under it may drop a caller, which takes it too
         self._answers = Answers()  # the leader's, not sent yet
         self._running = 0
         self._followers = 0
@@ -348,6 +348,13 @@ class Listener:
             self._strangers -= 1
         if reply:
             self._write(caller, reply)
+        try:
+            self._take(caller, frames)
+        except BaseException:  # as above: of a pickle
+            logger.exception("a message could not be read; its caller is cut off")
+            self._drop(caller, "its message could not be read")
+
+    def _take(self, caller: Caller, frames: list[Frame]) -> None:
         for kind, number, body in frames:
             if kind == CALL:
                 refused = self._full(body) if len(self._mailbox) >= self._room else None
@@ -386,7 +393,7 @@ class Listener:
                 if answer is not None and not isinstance(answer, bytes | str):
                     self._several(caller, number, answer)
                     answer = None
-            except Exception:
+            except BaseException:  # what a pickle raises may be anything
                 logger.exception("a message could not be read; its caller is cut off")
                 self._drop(caller, "its message could not be read")
                 answer = None

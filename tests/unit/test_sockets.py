@@ -307,3 +307,26 @@ def test_without_tcp_only_this_machine_gets_in(tmp_path):
     with pytest.raises(ConnectionRefusedError):
         bench.link(local=False)
     bench.listener.close()
+
+
+def test_a_caller_cut_off_while_another_thread_takes_over_stops_nobody(bench, monkeypatch):
+    """The watchdog sends what the leader had ready, finds that its caller does not read, and cuts it off: all at once."""
+    monkeypatch.setattr(listener_module, "UNREAD", 1 << 20)
+    rude = Connection(SECRET, LIFE, os.urandom(32), listens=False)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(bench.folder / "1.sock"))
+    sock.sendall(rude.greeting())
+    _, proof = rude.receive(sock.recv(4096))
+    sock.sendall(proof)
+    sock.sendall(frame(CALL, 1, bytes(3_000_000)) + frame(CALL, 2, b"sleep"))
+    time.sleep(0.1)
+    assert bench.link().transmit(CALL, b"x").get(5).message == b"x"
+    sock.close()
+
+
+def test_a_control_that_cannot_be_read_costs_its_sender_the_connection(bench):
+    other = bench.link()
+    bench.listener._control = lambda body: exit(3)
+    with pytest.raises(Down):
+        bench.link().control(b"garbage").get(5)
+    assert other.transmit(CALL, b"x").get(5).message == b"x"

@@ -832,3 +832,16 @@ def test_a_result_that_nobody_fetched_in_time_is_gone_and_its_method_does_not_ru
     answer = wire.decode(pair.host.fetch(first.text))[0]
     assert (answer.kind, answer.error) == ("refused", "BirdUnavailable"), "`moved` would have it run again"
     pair.close()
+
+
+class Exits:
+    """Ends whoever unpickles it."""
+
+    def __reduce__(self):
+        return (exit, (3,))
+
+
+def test_arguments_that_raise_what_is_no_exception_harm_their_caller_only(pair):
+    with pytest.raises(errors.RemoteError, match="cannot unpickle the arguments"):
+        pair.call("put", Exits())
+    assert pair.call("put", 1) == 1
