@@ -111,7 +111,7 @@ class OwnFrames:
     name: str
     local: bool = False
     encrypted: bool = False
-    library = "flock_ray"
+    package = "flock_ray"
 
     def serve(self, keys: Keys, ready: Callable[[str], object]) -> None:
         path = keys.folder / f"{os.getpid()}.sock"
@@ -167,7 +167,7 @@ class Zmq:
     name: str
     local: bool = False
     curve: bool = False
-    library = "zmq"
+    package = "zmq"
 
     def serve(self, keys: Keys, ready: Callable[[str], object]) -> None:
         import zmq
@@ -236,7 +236,7 @@ class Nng:
     name: str
     local: bool = False
     encrypted: bool = False
-    library = "pynng"
+    package = "pynng"
 
     def serve(self, keys: Keys, ready: Callable[[str], object]) -> None:
         from pynng import Rep0, TLSConfig
@@ -327,10 +327,10 @@ TRANSPORTS: list[Transport] = [
 
 def usable(only: str) -> list[Transport]:
     """Those that are installed, and are meant."""
-    for library in ("zmq", "pynng"):
-        if not find_spec(library):
-            print(f"{library} is not installed, and left out", file=sys.stderr)
-    found = [each for each in TRANSPORTS if only in each.name and find_spec(each.library)]
+    for package in ("zmq", "pynng"):
+        if not find_spec(package):
+            print(f"{package} is not installed, and left out", file=sys.stderr)
+    found = [each for each in TRANSPORTS if only in each.name and find_spec(each.package)]
     if any(isinstance(each, Nng) and each.encrypted for each in found):
         import pynng
 

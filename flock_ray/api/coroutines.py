@@ -6,7 +6,7 @@ Each is documented at its namesake in `flock_ray.api.flock.Flock`. Cancelling on
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 from flock_ray.api.bird import Bird, check_timeout
@@ -15,7 +15,6 @@ from flock_ray.api.requests import Requests
 from flock_ray.config import Config
 from flock_ray.runtime.client import DEFAULT, client_of, let_go
 from flock_ray.runtime.pending import Default
-from flock_ray.runtime.streams import Stream
 from flock_ray.specs import BirdInfo, Name, NestInfo, check_name
 
 if TYPE_CHECKING:
@@ -97,31 +96,6 @@ class AioFlock(Requests):
         """As `Flock.cast`."""
         client, plain, dot, text = self._call_target(name, method)
         client.cast(plain, dot, text, args, kwargs)
-
-    @overload
-    def stream(
-        self, name: Bird[T], method: Callable[Concatenate[T, P], Iterator[R] | AsyncIterator[R]], /, *args: P.args, **kwargs: P.kwargs
-    ) -> Stream[R]: ...
-    @overload
-    def stream(self, name: Name | Bird[Any], method: str, /, *args: Any, timeout: float | None = ..., **kwargs: Any) -> Stream[Any]: ...
-    @overload
-    def stream(
-        self, name: Name, method: Callable[Concatenate[Any, P], Iterator[R] | AsyncIterator[R]], /, *args: P.args, **kwargs: P.kwargs
-    ) -> Stream[R]: ...
-    @overload
-    def stream(
-        self,
-        name: Name | Bird[Any],
-        method: Callable[..., Iterator[R] | AsyncIterator[R]],
-        /,
-        *args: Any,
-        timeout: float | None,
-        **kwargs: Any,
-    ) -> Stream[R]: ...
-    def stream(self, name: Any, method: Any, /, *args: Any, timeout: Any = DEFAULT, **kwargs: Any) -> Stream[Any]:
-        """As `Flock.stream`, to be read with `async for`. Not a coroutine itself."""
-        client, plain, dot, text = self._call_target(name, method)
-        return client.stream(plain, dot, text, args, kwargs, timeout if timeout is DEFAULT else check_timeout(timeout), False)
 
     async def stop(self, name: Name | Bird[Any]) -> None:
         """As `Flock.stop`."""

@@ -9,7 +9,7 @@ that bird's flock that is meant.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 from flock_ray.api.bird import Bird, check_timeout
@@ -21,7 +21,6 @@ from flock_ray.config import Config
 from flock_ray.runtime import inside
 from flock_ray.runtime.client import DEFAULT, client_of, let_go
 from flock_ray.runtime.pending import Default
-from flock_ray.runtime.streams import Stream
 from flock_ray.specs import BirdInfo, Name, NestInfo, check_name
 
 if TYPE_CHECKING:
@@ -183,46 +182,6 @@ class Flock(Requests):
         """
         client, plain, dot, text = self._call_target(name, method)
         client.cast(plain, dot, text, args, kwargs)
-
-    @overload
-    def stream(
-        self, name: Bird[T], method: Callable[Concatenate[T, P], Iterator[R] | AsyncIterator[R]], /, *args: P.args, **kwargs: P.kwargs
-    ) -> Stream[R]: ...
-    @overload
-    def stream(self, name: Name | Bird[Any], method: str, /, *args: Any, timeout: float | None = ..., **kwargs: Any) -> Stream[Any]: ...
-    @overload
-    def stream(
-        self, name: Name, method: Callable[Concatenate[Any, P], Iterator[R] | AsyncIterator[R]], /, *args: P.args, **kwargs: P.kwargs
-    ) -> Stream[R]: ...
-    @overload
-    def stream(
-        self,
-        name: Name | Bird[Any],
-        method: Callable[..., Iterator[R] | AsyncIterator[R]],
-        /,
-        *args: Any,
-        timeout: float | None,
-        **kwargs: Any,
-    ) -> Stream[R]: ...
-    def stream(self, name: Any, method: Any, /, *args: Any, timeout: Any = DEFAULT, **kwargs: Any) -> Stream[Any]:
-        """Calls a generator method, `async` or not, of a bird.
-
-        Args:
-            name, method, args, kwargs: as `call`.
-            timeout: seconds for each item; as `call`.
-
-        Returns:
-            An iterator and async iterator over what it yields. At most 16 items are made ahead of who reads them; between items the bird
-            runs other methods. `close()` closes the generator; so does dropping the iterator.
-
-        Raises:
-            TypeError: an argument cannot be pickled; names which.
-            BirdUnavailable: while it is read: the bird crashed or moved in the middle, after what had arrived. Call again.
-            CallTimeout: while it is read: no item came in time.
-            Exception: while it is read: what the generator raised; else as `call`.
-        """
-        client, plain, dot, text = self._call_target(name, method)
-        return client.stream(plain, dot, text, args, kwargs, timeout if timeout is DEFAULT else check_timeout(timeout), False)
 
     def stop(self, name: Name | Bird[Any]) -> None:
         """Stops a bird for good: it ends in good order, wherever it is. Returns when the nest has removed it; `wait` for "gone".

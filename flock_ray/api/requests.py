@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 from flock_ray.api import starting
 from flock_ray.api.bird import Bird, check_method, check_timeout
@@ -19,7 +19,12 @@ from flock_ray.errors import BirdNotFound, FlockNotRunning
 from flock_ray.runtime.client import DEFAULT, Client, client_of
 from flock_ray.runtime.inside import current_flock
 from flock_ray.runtime.pending import FOREVER, Default
+from flock_ray.runtime.streams import Stream
 from flock_ray.specs import BirdInfo, Dot, Name, NestInfo, Spec, check_name
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T = TypeVar("T")
 
 _STATES = ("pending", "starting", "running", "moving", "restarting", "failed")
 _WAIT_AT_ONCE = 1000  # questions of one `wait` under way: Ray warns at 5,000 calls pending at one actor
@@ -37,6 +42,46 @@ class Requests:
     def name(self) -> str:
         """The flock's name."""
         return self._name
+
+    @overload
+    def stream(
+        self, name: Bird[T], method: Callable[Concatenate[T, P], Iterator[R] | AsyncIterator[R]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Stream[R]: ...
+    @overload
+    def stream(self, name: Name | Bird[Any], method: str, /, *args: Any, timeout: float | None = ..., **kwargs: Any) -> Stream[Any]: ...
+    @overload
+    def stream(
+        self, name: Name, method: Callable[Concatenate[Any, P], Iterator[R] | AsyncIterator[R]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> Stream[R]: ...
+    @overload
+    def stream(
+        self,
+        name: Name | Bird[Any],
+        method: Callable[..., Iterator[R] | AsyncIterator[R]],
+        /,
+        *args: Any,
+        timeout: float | None,
+        **kwargs: Any,
+    ) -> Stream[R]: ...
+    def stream(self, name: Any, method: Any, /, *args: Any, timeout: Any = DEFAULT, **kwargs: Any) -> Stream[Any]:
+        """Calls a generator method, `async` or not, of a bird.
+
+        Args:
+            name, method, args, kwargs: as `call`.
+            timeout: seconds for each item; as `call`.
+
+        Returns:
+            An iterator and async iterator over what it yields. At most 16 items are made ahead of who reads them; between items the bird
+            runs other methods. `close()` closes the generator; so does dropping the iterator.
+
+        Raises:
+            TypeError: an argument cannot be pickled; names which.
+            BirdUnavailable: while it is read: the bird crashed or moved in the middle, after what had arrived. Call again.
+            CallTimeout: while it is read: no item came in time.
+            Exception: while it is read: what the generator raised; else as `call`.
+        """
+        client, plain, dot, text = self._call_target(name, method)
+        return client.stream(plain, dot, text, args, kwargs, timeout if timeout is DEFAULT else check_timeout(timeout), False)
 
     def _target(self, name: object) -> tuple[Client, Name, Dot | None]:
         """The client, name and dot that a name or a `Bird` stands for."""

@@ -3,7 +3,7 @@
     nest --HatchOrder, EndOrder, ...--> Host --HostUp, LifeRunning, LifeCrashed, ...--> nest
     caller --------Call, Withdraw-----> Host --Answer--> caller
 
-`Host` is plain Python: Ray is only in `RayNestLink` and in the actors that hold a host (`actors.py`), so that tests run it in one process.
+`Host` is plain Python: Ray is only in `RayToNest` and in the actors that hold a host (`actors.py`), so that tests run it in one process.
 
 Rules kept here: a host hatches one life and ends with it; an order for a life that is not here is answered as if it had just ended,
 and such a life is then never begun; the process ends when what it had to say was delivered, or at once when its nest or raylet is gone.
@@ -51,7 +51,7 @@ from flock_ray.runtime.life import FULL, HostedLife, Response, State, refusal
 from flock_ray.runtime.listener import NEST_SOCKET, Answered, Answers, Caller, Listener, socket_path
 from flock_ray.runtime.replies import Down, NoAnswer
 from flock_ray.runtime.sockets import SocketLink
-from flock_ray.runtime.tether import NestAwayError, NestLink, PidFile, Reporter, Tether
+from flock_ray.runtime.tether import NestAwayError, PidFile, Reporter, Tether, ToNest
 from flock_ray.runtime.timers import Scheduler
 from flock_ray.runtime.tls import contexts
 from flock_ray.specs import Dot, Life, Name
@@ -110,7 +110,7 @@ class Host:
     def __init__(
         self,
         boot: HostBoot,
-        link: NestLink,
+        link: ToNest,
         node_id: str,
         raylet_pid: int | None = None,
         leave: Callable[[int], object] = os._exit,
@@ -343,7 +343,7 @@ class Host:
         self._nest = nest
 
 
-class DirectNestLink:
+class SocketToNest:
     """Words to the nest over its socket, which the nest's next life opens again."""
 
     def __init__(self, boot: HostBoot) -> None:
@@ -367,7 +367,7 @@ class DirectNestLink:
             raise NestAwayError(str(error)) from error
 
 
-class RayNestLink:
+class RayToNest:
     """Words to the nest as Ray calls. Its handle answers again when Ray has restarted the nest."""
 
     def __init__(self, nest: Any) -> None:
@@ -398,7 +398,7 @@ def start(kind: type[H], boot: bytes, nest: Any) -> H:
     node_id = ray.get_runtime_context().get_node_id()
     ip = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
     direct = unpickled.secret and Path(unpickled.directory, NEST_SOCKET).exists()
-    link = DirectNestLink(unpickled) if direct else RayNestLink(nest)
+    link = SocketToNest(unpickled) if direct else RayToNest(nest)
     return kind(unpickled, link, node_id, int(raylet) if raylet else None, _leave, ip)
 
 

@@ -31,6 +31,7 @@ from flock_ray.runtime.cluster import FlockLife
 from flock_ray.runtime.host import HostBoot
 from flock_ray.runtime.listener import socket_path
 from flock_ray.runtime.peers import Wires
+from flock_ray.runtime.tether import started
 from flock_ray.specs import Dot, Life, Name, Spec
 
 InThread = Callable[..., Awaitable[Any]]
@@ -322,21 +323,12 @@ def _read_entry(path: Path) -> tuple[str, int]:
     try:
         entry = json.loads(path.read_text())
         host, pid = str(entry["host"]), int(entry["pid"])
-        if started(pid) == entry["started"]:
+        if started(pid) == entry["started"] != 0:
             return host, pid
     except (OSError, ValueError, KeyError):
         pass  # half written, or just removed: its process is not one that runs a bird
     path.unlink(missing_ok=True)
     return "", 0
-
-
-def started(pid: int) -> int | None:
-    """A process's start time in ticks since boot, which tells it from a later one with its pid; `None` if it is gone."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    return int(stat.rsplit(") ", 1)[1].split()[19])
 
 
 def _end_unknown(pid: int) -> None:

@@ -37,7 +37,7 @@ CONNECT = 2.0  # seconds for a connection and the proofs; then the way is Ray's
 LONG = 1.0  # seconds of one wait in the kernel
 BURST = 0.0002  # seconds: what follows sooner on another message that nobody waits for is written together with what follows on it
 LINGER = 0.0003  # seconds that a burst may grow before another thread writes it
-TOGETHER = 1 << 16  # bytes that are written at once, whoever waits
+AT_ONCE = 1 << 16  # bytes that are written at once, whoever waits
 IDLE = 0.01  # seconds; after a longer rest a look is worth its cost, for TCP takes a message for a peer that has gone
 _NO_WAIT = socket.MSG_DONTWAIT
 
@@ -305,7 +305,7 @@ class SocketLink:
                 unsent.append((number, data))
                 self._unsent_size += len(data)
                 alone = len(unsent) == 1
-                if (alone and now - self._wrote_at > BURST) or self._unsent_size > TOGETHER:
+                if (alone and now - self._wrote_at > BURST) or self._unsent_size > AT_ONCE:
                     left = self._write()
                 else:
                     left = alone and urgency is Urgency.SOON
@@ -333,7 +333,7 @@ class SocketLink:
                 for _, part in unsent:
                     parts.append(part)
                     size += len(part)
-                    if size > TOGETHER:
+                    if size > AT_ONCE:
                         break
                 data, count = b"".join(parts), len(parts)
             try:

@@ -194,7 +194,7 @@ class NestAwayError(Exception):
     """The nest does not answer now; it may have got the word."""
 
 
-class NestLink(Protocol):
+class ToNest(Protocol):
     """How words reach the nest."""
 
     def say(self, word: bytes, timeout: float) -> bytes | None:
@@ -213,7 +213,7 @@ class Reporter:
         welcomed: called with the nest's life then.
     """
 
-    def __init__(self, link: NestLink, report: Callable[[], HostReport | None], tether: Tether, welcomed: Callable[[Life], object]) -> None:
+    def __init__(self, link: ToNest, report: Callable[[], HostReport | None], tether: Tether, welcomed: Callable[[Life], object]) -> None:
         self._link = link
         self._report = report
         self._tether = tether

@@ -270,8 +270,11 @@ def test_who_knocks_without_the_secret_is_turned_away_and_the_nest_says_so(flygr
                 stranger.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(100))
                 stranger.settimeout(5)
                 assert stranger.recv(100) in (b"",)
-    told = lambda: [one for one in notices() if isinstance(one, ConnectionsRefused)]  # noqa: E731
-    eventually(lambda: {one.where == "nest" for one in told()} == {True, False}, "nest and host have told")
+
+    def by_nests():
+        return {one.where == "nest" for one in notices() if isinstance(one, ConnectionsRefused)}
+
+    eventually(lambda: by_nests() == {True, False}, "nest and host have told")
     assert flock_ray.call(name, "echo", 1) == 1
 
 

@@ -55,6 +55,17 @@ class Bench:
         return SocketLink(secret, life, self.listener.address, self.folder if local else self.folder / "nowhere")
 
 
+def rude_caller(bench):
+    """The socket of one who has proved himself, and then does as the test likes."""
+    rude = Connection(SECRET, LIFE, os.urandom(32), listens=False)
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(bench.folder / "1.sock"))
+    sock.sendall(rude.greeting())
+    _, proof = rude.receive(sock.recv(4096))
+    sock.sendall(proof)
+    return sock
+
+
 @pytest.fixture
 def bench(tmp_path):
     bench = Bench(tmp_path)
@@ -224,12 +235,7 @@ def test_noise_floods_and_slow_strangers_harm_nobody(bench, monkeypatch):
 
 def test_who_does_not_read_his_answers_is_cut_off(bench, monkeypatch):
     monkeypatch.setattr(listener_module, "UNREAD", 1 << 20)
-    rude = Connection(SECRET, LIFE, os.urandom(32), listens=False)
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(str(bench.folder / "1.sock"))
-    sock.sendall(rude.greeting())
-    _, proof = rude.receive(sock.recv(4096))
-    sock.sendall(proof)
+    sock = rude_caller(bench)
     sock.settimeout(5)
     with pytest.raises(OSError, match=r"[Bb]roken|reset"):
         for n in range(1000):
@@ -312,12 +318,7 @@ def test_without_tcp_only_this_machine_gets_in(tmp_path):
 def test_a_caller_cut_off_while_another_thread_takes_over_stops_nobody(bench, monkeypatch):
     """The watchdog sends what the leader had ready, finds that its caller does not read, and cuts it off: all at once."""
     monkeypatch.setattr(listener_module, "UNREAD", 1 << 20)
-    rude = Connection(SECRET, LIFE, os.urandom(32), listens=False)
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(str(bench.folder / "1.sock"))
-    sock.sendall(rude.greeting())
-    _, proof = rude.receive(sock.recv(4096))
-    sock.sendall(proof)
+    sock = rude_caller(bench)
     sock.sendall(frame(CALL, 1, bytes(3_000_000)) + frame(CALL, 2, b"sleep"))
     time.sleep(0.1)
     assert bench.link().transmit(CALL, b"x").get(5).message == b"x"
