@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from flock_ray import errors
@@ -139,7 +139,7 @@ class Client:
             if message.waits_without_deadline:
                 self.courier.post(message.set_timer)  # its sender may wait already
 
-    def _pack(self, name: Name, method: str, args: Any, kwargs: Any) -> tuple[bytes, list[Any]]:
+    def _pack(self, name: Name, method: str, args: Any, kwargs: Any) -> tuple[bytes, Sequence[Any]]:
         try:
             return payload.pack((args, kwargs), what="the arguments")
         except TypeError as error:

@@ -23,7 +23,6 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flock_ray import errors
@@ -115,7 +114,7 @@ class Lane:
             if unwaited and not self._watching:
                 self._watch()
         if message.cast:
-            reply.tell(partial(self.take, message, reply))
+            reply.tell(message.answered)
 
     def _make_room(self) -> None:
         """The window is full, but perhaps of messages whose answers nobody has looked at yet."""
@@ -234,7 +233,7 @@ class Lane:
         try:
             outcome: Opened | Exception = open_raw(reply.get(0))
         except NoAnswer:
-            reply.on_done(lambda: self.take(message, reply))
+            reply.on_done(message.answered)
             return
         except Exception as error:  # `Down`, or what became of an argument
             outcome = error
@@ -291,8 +290,7 @@ class Lane:
             newest = next(reversed(self._sent.values()), None)
             self._watching = newest is not None
         if newest is not None and newest.reply is not None:
-            reply = newest.reply
-            reply.on_done(lambda: self._sweep(newest, reply))
+            newest.reply.on_done(lambda reply: self._sweep(newest, reply))
 
     def _sweep(self, message: Pending, reply: Reply) -> None:
         """The watched reply is there: settles it, and watches on."""
@@ -538,7 +536,7 @@ class Lane:
         for message, reply in watched:
             message.watch(reply)
         for message, reply in casts:
-            reply.tell(partial(self.take, message, reply))
+            reply.tell(message.answered)
         for message, reason in failed:
             message.finish(reason)
         return opened

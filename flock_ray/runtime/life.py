@@ -385,7 +385,7 @@ class HostedLife:
         message = pack((args, kwargs), what=f"the arguments of {self._method_name(method)}", call=False)
         return self._host.scheduler.add(seconds, every, lambda entry: self._due(entry, method, *message))
 
-    def _due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
+    def _due(self, entry: Entry, method: str, body: bytes, extra: Sequence[Any]) -> None:
         raise NotImplementedError
 
     def _timer_turned_away(self, entry: Entry) -> bool:

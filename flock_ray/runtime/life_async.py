@@ -171,10 +171,10 @@ class AsyncLife(HostedLife):
             if not self._running:
                 self._idle.set()
 
-    def _due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
+    def _due(self, entry: Entry, method: str, body: bytes, extra: Sequence[Any]) -> None:
         self._loop.call_soon_threadsafe(lambda: self._spawn(self._run_due(entry, method, body, extra)))
 
-    async def _run_due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
+    async def _run_due(self, entry: Entry, method: str, body: bytes, extra: Sequence[Any]) -> None:
         await self._made.wait()
         if self._timer_turned_away(entry):
             return

@@ -146,10 +146,10 @@ class SyncLife(HostedLife):
                 self._pool = ThreadPoolExecutor(self._turns.slots, "flock_ray turn")  # never more turns than that are granted
         self._pool.submit(work, *args)
 
-    def _due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
+    def _due(self, entry: Entry, method: str, body: bytes, extra: Sequence[Any]) -> None:
         self._turns.enter_later(lambda: self._in_pool(self._run_due, entry, method, body, extra))
 
-    def _run_due(self, entry: Entry, method: str, body: bytes, extra: list[Any]) -> None:
+    def _run_due(self, entry: Entry, method: str, body: bytes, extra: Sequence[Any]) -> None:
         try:
             if self._timer_turned_away(entry):
                 return

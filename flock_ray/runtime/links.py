@@ -142,13 +142,13 @@ class RayReply:
             return Raw(answer)
         return Raw(answer[0], answer[1:])
 
-    def on_done(self, callback: Callable[[], object], loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def on_done(self, callback: Callable[[Reply], object], loop: asyncio.AbstractEventLoop | None = None) -> None:
         del loop
         if self._future is None:
             self._future = self._ref.future()
-        self._future.add_done_callback(lambda _: callback())
+        self._future.add_done_callback(lambda _: callback(self))
 
-    def tell(self, callback: Callable[[], object]) -> None:
+    def tell(self, callback: Callable[[Reply], object]) -> None:
         """Ray answers all, and whoever watches the newest learns of those before it."""
 
     def forget(self) -> None:

@@ -104,7 +104,7 @@ def _first_at(index: int) -> Any:  # noqa: ARG001  # what pickles hold
     raise pickle.UnpicklingError("a reference came without its extra arguments: use flock_ray.runtime.payload.unpack")
 
 
-def pack(value: Any, *, what: str, call: bool = True) -> tuple[bytes, list[Any]]:
+def pack(value: Any, *, what: str, call: bool = True) -> tuple[bytes, Sequence[Any]]:
     """Pickles a value for one Ray call or answer.
 
     Args:
@@ -113,7 +113,7 @@ def pack(value: Any, *, what: str, call: bool = True) -> tuple[bytes, list[Any]]
         call: top-level references in args and kwargs are resolved by Ray. False for results.
 
     Returns:
-        The body, and what has to travel beside it, mostly `[]`.
+        The body, and what has to travel beside it, mostly nothing.
 
     Raises:
         TypeError: the value cannot be pickled; the cause says why.
@@ -121,7 +121,7 @@ def pack(value: Any, *, what: str, call: bool = True) -> tuple[bytes, list[Any]]
     body = _dump_atoms(value) if call else None
     if body is None:
         body = _dump_plain(value)
-    return (body, []) if body is not None else _pack_fully(value, what, call)
+    return (body, ()) if body is not None else _pack_fully(value, what, call)
 
 
 def pack_alone(value: Any, *, what: str) -> bytes:
@@ -172,7 +172,7 @@ def _dump_plain(value: Any) -> bytes | None:
     return file.getvalue()
 
 
-def _pack_fully(value: Any, what: str, call: bool) -> tuple[bytes, list[Any]]:
+def _pack_fully(value: Any, what: str, call: bool) -> tuple[bytes, Sequence[Any]]:
     file = io.BytesIO()
     refs: list[Any] = []
     try:

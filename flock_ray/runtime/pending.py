@@ -120,26 +120,11 @@ class Pending:
     there, if that is not an answer: `"moved"`, `"full"`, or the `Down` of its link. Once it has `begun`, its lane has forgotten it.
     """
 
-    # What most messages never change is here, not in each of them: to make one is a part of what a call costs.
-    cast = False
-    stream = False
-    detached = False  # a future's: its sender does not wait
-    in_chain = False
-    deadline = FOREVER
-    waits_without_deadline = False
-    due_with: set[Pending] | None = None  # those that expire at the same time
-    begun = False
-    finished = False
-    outcome: Opened | BaseException | None = None
-    reply: Reply | None = None
-    link: Link | None = None
-    caller = ""
-    order = -1
-    fate: str | Down | None = None
-    waited_in: tuple[tuple[str, Name], ...] = ()  # the chain of who waits for a future
-    to_be_watched = False  # once it is sent (again)
-    is_watched = False  # somebody wants to be told
-    _tellers: tuple[Callable[[], object], ...] = ()
+    __slots__ = (
+        "_teller", "begun", "body", "caller", "cast", "chain", "deadline", "detached", "dot", "due_with", "extra", "fate", "finished",
+        "in_chain", "is_watched", "lane", "link", "method", "order", "outcome", "reply", "retry", "stream", "timeout", "to_be_watched",
+        "waited_in", "waits_without_deadline",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -160,6 +145,25 @@ class Pending:
         self.chain = chain
         self.timeout = timeout
         self.retry = retry
+        self.cast = False
+        self.stream = False
+        self.detached = False  # a future's: its sender does not wait
+        self.in_chain = False
+        self.deadline = FOREVER
+        self.waits_without_deadline = False
+        self.due_with: set[Pending] | None = None  # those that expire at the same time
+        self.begun = False
+        self.finished = False
+        self.outcome: Opened | BaseException | None = None
+        self.reply: Reply | None = None
+        self.link: Link | None = None
+        self.caller = ""
+        self.order = -1
+        self.fate: str | Down | None = None
+        self.waited_in: tuple[tuple[str, Name], ...] = ()  # the chain of who waits for a future
+        self.to_be_watched = False  # once it is sent (again)
+        self.is_watched = False  # somebody wants to be told
+        self._teller: Callable[[], object] | None = None
 
     @property
     def again(self) -> bool:
@@ -179,17 +183,17 @@ class Pending:
             if self.finished:
                 return
             self.outcome, self.finished = outcome, True
-            tellers, self._tellers = self._tellers, ()
+            teller, self._teller = self._teller, None
         if self.due_with is not None:
             self.due_with.discard(self)
-        for teller in tellers:
+        if teller is not None:
             teller()
 
     def when_finished(self, teller: Callable[[], object]) -> None:
         """Has this called, in some thread where it must not block, once there is an outcome."""
         with self.lane.lock:
             if not self.finished:
-                self._tellers = (*self._tellers, teller)
+                self._teller = teller if self._teller is None else partial(_both, self._teller, teller)
                 return
         teller()
 
@@ -267,7 +271,11 @@ class Pending:
     def watch(self, reply: Reply, loop: asyncio.AbstractEventLoop | None = None) -> None:
         """Has it settled when the reply is there."""
         self.is_watched = True
-        reply.on_done(partial(self.lane.take, self, reply), loop)
+        reply.on_done(self.answered, loop)
+
+    def answered(self, reply: Reply) -> None:
+        """A reply is there: this message's, or one that it has had."""
+        self.lane.take(self, reply)
 
     def set_timer(self) -> None:
         """Has it expire at its deadline, for those who do not wait themselves. On the courier."""
@@ -289,7 +297,7 @@ class Pending:
     def told_to(self, loop: asyncio.AbstractEventLoop) -> asyncio.Future[None]:
         """What the event loop, which runs now, has to wait for."""
         woken = loop.create_future()
-        self.when_finished(partial(_wake, loop, threading.get_ident(), woken))
+        self.when_finished(_Sleeper(loop, woken))
         reply = self.lane.reply_or_watch(self)
         if reply is not None:
             self.watch(reply, loop)
@@ -302,17 +310,31 @@ class Pending:
         self.finish(CancelledError())
 
 
-def _wake(loop: asyncio.AbstractEventLoop, thread: int, woken: asyncio.Future[None]) -> None:
-    if threading.get_ident() == thread:
-        _set(woken)
-        return
-    with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-        loop.call_soon_threadsafe(_set, woken)
+class _Sleeper:
+    """A coroutine that waits, on the event loop which runs now; to call it wakes it, from any thread."""
+
+    __slots__ = ("_loop", "_thread", "_woken")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, woken: asyncio.Future[None]) -> None:
+        self._loop = loop
+        self._thread = threading.get_ident()
+        self._woken = woken
+
+    def __call__(self) -> None:
+        if threading.get_ident() == self._thread:
+            self._wake()
+            return
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        if not self._woken.done():
+            self._woken.set_result(None)
 
 
-def _set(woken: asyncio.Future[None]) -> None:
-    if not woken.done():
-        woken.set_result(None)
+def _both(first: Callable[[], object], second: Callable[[], object]) -> None:
+    first()
+    second()
 
 
 _OF_THE_BASE = ("_condition", "_state", "_result", "_exception", "_done_callbacks", "_who_waits")
@@ -328,10 +350,10 @@ class CallFuture(Future[Any]):
 
     _armed = False
     _told = False
-    _value: tuple[Any, BaseException | None] | None = None
 
     def __init__(self, message: Pending) -> None:
         self._message = message
+        self._value: tuple[Any, BaseException | None] | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name not in _OF_THE_BASE:

@@ -51,15 +51,15 @@ class Reply(Protocol):
         """Waits for it. Raises `Down`, `NoAnswer` when `timeout` seconds have passed, or what kept an argument from coming."""
         ...
 
-    def on_done(self, callback: Callable[[], object], loop: asyncio.AbstractEventLoop | None = None) -> None:
-        """Has `callback` called, in some thread where it must not block, once `get` would return at once.
+    def on_done(self, callback: Callable[[Reply], object], loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Has `callback(self)` called, in some thread where it must not block, once `get` would return at once.
 
         Args:
             loop: runs now, and will wait; where it can, it looks for the answer itself.
         """
         ...
 
-    def tell(self, callback: Callable[[], object]) -> None:
+    def tell(self, callback: Callable[[Reply], object]) -> None:
         """Has `callback` called as `on_done`, but only if the answer happens to be read. For casts, of which not all are answered; where
         all are, it may do nothing.
         """
@@ -75,7 +75,7 @@ async def answer_of(reply: Reply, timeout: float | None) -> Raw:
     loop = asyncio.get_running_loop()
     there = loop.create_future()
 
-    def done() -> None:
+    def done(_: Reply) -> None:
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
             loop.call_soon_threadsafe(_wake, there)
 

@@ -62,8 +62,8 @@ class WireReply:
         self._link = link
         self._raw: Raw | None = None
         self._down: Down | None = None
-        self._callback: Callable[[], object] | None = None
-        self._teller: Callable[[], object] | None = None
+        self._callback: Callable[[WireReply], object] | None = None
+        self._teller: Callable[[WireReply], object] | None = None
         self._on_loop = False
         self.number = 0
         self.done = False
@@ -77,7 +77,7 @@ class WireReply:
             raise self._down
         raise NoAnswer
 
-    def on_done(self, callback: Callable[[], object], loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def on_done(self, callback: Callable[[WireReply], object], loop: asyncio.AbstractEventLoop | None = None) -> None:
         link = self._link
         with link.mutex:
             here = self.done
@@ -89,18 +89,18 @@ class WireReply:
                 else:
                     self._callback = partial(_both, self._callback, callback)
         if here:
-            callback()
+            callback(self)
         elif loop is not None:
             link.read_on(loop)
         else:
             link.watch()
 
-    def tell(self, callback: Callable[[], object]) -> None:
+    def tell(self, callback: Callable[[WireReply], object]) -> None:
         with self._link.mutex:
             here = self.done
             self._teller = callback
         if here:
-            callback()
+            callback(self)
 
     def forget(self) -> None:
         self._link.forget(self.number)
@@ -123,9 +123,9 @@ class WireReply:
             with contextlib.suppress(RuntimeError):  # let go already
                 gate.release()
         if teller is not None:
-            teller()
+            teller(self)
         if callback is not None:
-            callback()
+            callback(self)
 
     def _is_there(self) -> bool:
         return True
@@ -180,9 +180,9 @@ def _no_loop() -> None:
     """What a reference to a loop that is gone gives."""
 
 
-def _both(first: Callable[[], object], second: Callable[[], object]) -> None:
-    first()
-    second()
+def _both(first: Callable[[WireReply], object], second: Callable[[WireReply], object], reply: WireReply) -> None:
+    first(reply)
+    second(reply)
 
 
 class SocketLink:

@@ -48,18 +48,18 @@ class LaterReply:
             raise NoAnswer from error
         return reply.get(None if until is None else max(0.0, until - time.monotonic()))
 
-    def on_done(self, callback: Callable[[], object], loop: asyncio.AbstractEventLoop | None = None) -> None:
+    def on_done(self, callback: Callable[[Reply], object], loop: asyncio.AbstractEventLoop | None = None) -> None:
         del loop
 
         def asked(future: Future[Reply]) -> None:
             if future.exception() is None:
-                future.result().on_done(callback)
+                future.result().on_done(lambda _: callback(self))
             else:
-                callback()
+                callback(self)
 
         self._asked.add_done_callback(asked)
 
-    def tell(self, callback: Callable[[], object]) -> None:
+    def tell(self, callback: Callable[[Reply], object]) -> None:
         """As Ray's."""
 
     def forget(self) -> None:
@@ -106,7 +106,7 @@ class DirectLink(SocketLink):
     def pull(self, message: bytes, items: int) -> Reply:
         return self.transmit(CALL, message, answers=items)
 
-    def _one_done(self) -> None:
+    def _one_done(self, _: Reply) -> None:
         with self._lock:
             self._under_way -= 1
 

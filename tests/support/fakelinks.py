@@ -34,7 +34,7 @@ class FakeReply:
             self._there.set()
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
-            callback()
+            callback(self)
 
     def get(self, timeout: float | None) -> Raw:
         if not self._there.wait(timeout):
@@ -46,14 +46,14 @@ class FakeReply:
 
     def forget(self) -> None: ...
 
-    def tell(self, callback: Callable[[], object]) -> None: ...
+    def tell(self, callback: Callable[[Any], object]) -> None: ...
 
-    def on_done(self, callback: Callable[[], object], loop: object = None) -> None:
+    def on_done(self, callback: Callable[[Any], object], loop: object = None) -> None:
         with self._lock:
             if self.outcome is None:
                 self._callbacks.append(callback)
                 return
-        callback()
+        callback(self)
 
 
 class Message:

@@ -61,12 +61,12 @@ class ActorReply:
             raise NoAnswer from error
         return Raw(answer) if isinstance(answer, bytes) else Raw(answer[0], answer[1:])
 
-    def on_done(self, callback: Callable[[], object], loop: object = None) -> None:
-        self._future.add_done_callback(lambda _: callback())
+    def on_done(self, callback: Callable[[Any], object], loop: object = None) -> None:
+        self._future.add_done_callback(lambda _: callback(self))
 
     def forget(self) -> None: ...
 
-    def tell(self, callback: Callable[[], object]) -> None: ...
+    def tell(self, callback: Callable[[Any], object]) -> None: ...
 
 
 class ActorLink(RayLink):

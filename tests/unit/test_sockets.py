@@ -112,11 +112,11 @@ def test_threads_share_a_connection(bench):
 def test_answers_nobody_waits_for_are_read_too(bench):
     link, there = bench.link(), threading.Event()
     reply = link.transmit(CALL, b"x")
-    reply.on_done(there.set)
+    reply.on_done(lambda _: there.set())
     assert there.wait(5)
     assert reply.get(0).message == b"x"
     late = threading.Event()
-    reply.on_done(late.set)
+    reply.on_done(lambda _: late.set())
     assert late.is_set()
 
 
@@ -126,7 +126,7 @@ def test_a_watched_answer_comes_while_another_thread_reads(bench):
     waiting = threading.Thread(target=slow.get, args=(10,))
     waiting.start()
     time.sleep(0.05)
-    link.control(b"watched").on_done(there.set)
+    link.control(b"watched").on_done(lambda _: there.set())
     assert there.wait(5)
     bench.release.set()
     waiting.join(5)
@@ -264,7 +264,7 @@ def test_ports_can_be_given(tmp_path):
 def test_the_readers_thread_keeps_no_link_alive(bench, end):
     """It had kept those that were retired, each with a socket that its host had long closed."""
     link, there = bench.link(), threading.Event()
-    link.transmit(CALL, b"x").on_done(there.set)
+    link.transmit(CALL, b"x").on_done(lambda _: there.set())
     assert there.wait(5)
     end(link)
     number, gone = link.fileno, weakref.ref(link)
@@ -278,10 +278,10 @@ def test_links_count_those_who_watch_whatever_happens(bench):
     link, there = bench.link(), threading.Event()
     reply = link.transmit(CALL, b"x")
     for _ in range(3):
-        reply.on_done(there.set)
+        reply.on_done(lambda _: there.set())
     assert there.wait(5)
     slow = link.transmit(CALL, b"hold")
-    slow.on_done(lambda: None)
+    slow.on_done(lambda _: None)
     assert link.watched == 1
     link._broke("a test")
     assert link.watched == 0
