@@ -17,6 +17,9 @@ from typing import Any
 IDLE = 600.0  # seconds without a pull after which a stream that came by Ray is given up: Ray does not tell of a caller's end
 
 
+MOST_ITEMS = 64  # for one pull, whatever it asks for; a stream's callers ask for less
+
+
 class Reading:
     """A generator that is being read.
 
@@ -25,16 +28,18 @@ class Reading:
         generator: of the bird's, sync or async.
         chain: of that call, for calls that the generator makes.
         method: its name.
+        what: its items are, for errors.
         connection: over which it was opened; `None`: by Ray.
     """
 
     def __init__(
-        self, call: tuple[str, int], generator: Any, chain: tuple[tuple[str, Any], ...], method: str, connection: object | None
+        self, call: tuple[str, int], generator: Any, chain: tuple[tuple[str, Any], ...], method: str, what: str, connection: object | None
     ) -> None:
         self.call = call
         self.generator = generator
         self.chain = chain
         self.method = method
+        self.what = what
         self.connection = connection
         self.pulled = 0  # pulls that have been answered whole
         self.changed = threading.Condition()  # of that

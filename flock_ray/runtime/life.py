@@ -334,7 +334,8 @@ class HostedLife:
             generator = getattr(self.bird, head.method)(*args, **kwargs)
         except BaseException as error:  # the arguments do not fit
             return self._raised(head, error)
-        reading = Reading((head.caller, order), generator, head.chain, head.method, connection)
+        what = f"an item of {self._method_name(head.method)}"
+        reading = Reading((head.caller, order), generator, head.chain, head.method, what, connection)
         for idle in self._readings.add(reading):
             self._close_later(idle)
         return reading
@@ -346,7 +347,7 @@ class HostedLife:
 
     def _item(self, reading: Reading, item: object) -> Response:
         try:
-            body, extra = pack(item, what=f"an item of {self._method_name(reading.method)}", call=False)
+            body, extra = pack(item, what=reading.what, call=False)
         except TypeError as error:
             self.withdraw(*reading.call)
             return refusal(str(error), "TypeError")

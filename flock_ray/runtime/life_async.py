@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from flock_ray.core.wire import Call, HatchOrder, Pull, decode_call
-from flock_ray.runtime.generators import Reading
+from flock_ray.runtime.generators import MOST_ITEMS, Reading
 from flock_ray.runtime.host import Host
 from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, log, refusal
 from flock_ray.runtime.listener import Answers, Caller
@@ -102,7 +102,7 @@ class AsyncLife(HostedLife):
             yield MOVED
             return
         async with self._one_by_one(reading):
-            for _ in range(pull.items):
+            for _ in range(min(pull.items, MOST_ITEMS)):
                 if self._pulled(pull) is None:
                     yield MOVED
                     return

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from flock_ray.core.wire import LATER, Call, HatchOrder, Pull, decode_call
-from flock_ray.runtime.generators import Reading
+from flock_ray.runtime.generators import MOST_ITEMS, Reading
 from flock_ray.runtime.host import Host
 from flock_ray.runtime.inside import Inside, current
 from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, is_async, log
@@ -93,20 +93,20 @@ class SyncLife(HostedLife):
         with reading.changed:
             reading.changed.wait_for(lambda: reading.pulled >= number, GAP)
         until = time.monotonic() + TOGETHER
+        self._turns.enter()
         try:
-            for _ in range(pull.items):
-                self._turns.enter()
-                try:
-                    answer = self._next(reading) if self._pulled(pull) is reading else MOVED
-                finally:
-                    self._turns.leave()
-                yield answer
+            for _ in range(min(pull.items, MOST_ITEMS)):
+                yield self._next(reading) if self._pulled(pull) is reading else MOVED
                 if self._readings.get(reading.call) is None:
                     return
                 if self._host.awaited() and time.monotonic() > until:
                     yield LATER
                     return
+                if self._turns.wanted:
+                    self._turns.leave()
+                    self._turns.enter()
         finally:
+            self._turns.leave()
             with reading.changed:
                 reading.pulled = number + 1
                 reading.changed.notify_all()

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from flock_ray.core.connection import ANSWER, CALL, Connection, Frame, ProtocolError, frame
+from flock_ray.core.wire import ITEM, encode_items
 from flock_ray.runtime.spin import Spin
 from flock_ray.runtime.tls import Encrypted
 
@@ -38,6 +39,7 @@ IDLE = 0.1  # seconds without a call after which the watchdog sleeps until the n
 PATIENCE = 5.0  # seconds for the proof
 STRANGERS = 256  # connections at a time that have not proved anything yet
 TOLD = 1.0  # seconds between words of connections that were turned away
+SMALL = 1 << 15  # bytes of an item of a stream that goes with others: so all that are pulled at a time fit into a frame
 UNREAD = 64 << 20  # bytes of answers that wait for one caller
 BACKLOG = 1024
 NO_PROOF = "it left without a proof"
@@ -102,13 +104,19 @@ class Answers:
     __slots__ = ("_parts", "_taken")
 
     def __init__(self) -> None:
-        self._parts: dict[Caller, list[bytes]] = {}
+        self._parts: dict[Caller, list[bytes | tuple[int, list[bytes]]]] = {}
         self._taken: dict[tuple[Caller, str], int] = {}
 
     def add(self, caller: Caller, number: int, answer: bytes | str) -> None:
-        """An answer, or the lane of a cast that was taken: the last of those tells of all."""
+        """An answer, or the lane of a cast that was taken: the last of those tells of all. Small items of a stream go in one frame."""
         if isinstance(answer, bytes):
-            self._parts.setdefault(caller, []).append(frame(ANSWER, number, answer))
+            parts = self._parts.setdefault(caller, [])
+            if not answer.startswith(ITEM) or len(answer) > SMALL:
+                parts.append(frame(ANSWER, number, answer))
+            elif parts and isinstance(parts[-1], tuple) and parts[-1][0] == number:
+                parts[-1][1].append(answer)
+            else:
+                parts.append((number, [answer]))
         else:
             self._taken[caller, answer] = max(number, self._taken.get((caller, answer), 0))
 
@@ -117,7 +125,11 @@ class Answers:
         for (caller, _), number in self._taken.items():
             self._parts.setdefault(caller, []).append(frame(ANSWER, number, b""))
         for caller, parts in self._parts.items():
-            yield caller, parts[0] if len(parts) == 1 else b"".join(parts)
+            yield caller, b"".join([part if isinstance(part, bytes) else _items(*part) for part in parts])
+
+
+def _items(number: int, answers: list[bytes]) -> bytes:
+    return frame(ANSWER, number, answers[0] if len(answers) == 1 else encode_items(answers))
 
 
 class Listener:

@@ -64,6 +64,11 @@ class Turns:
         granted()
 
     @property
+    def wanted(self) -> bool:
+        """Does somebody wait for a turn?"""
+        return bool(self._waiting)
+
+    @property
     def busy(self) -> bool:
         """Is a place taken?"""
         return self._free < self.slots

@@ -28,6 +28,7 @@ from functools import partial
 from pathlib import Path
 
 from flock_ray.core.connection import CONTROL, MAX_BODY, Connection, ProtocolError, frame
+from flock_ray.core.wire import decode_items
 from flock_ray.runtime.listener import READ, keep_alive
 from flock_ray.runtime.replies import Down, NoAnswer, Raw, Urgency
 from flock_ray.runtime.spin import Spin
@@ -136,7 +137,7 @@ class WireReply:
 
 
 class WireItems(WireReply):
-    """The answers to a frame that wants several: `get` gives one after the other."""
+    """The answers to a pull of several items: `get` gives one after the other; each brings an item or more."""
 
     __slots__ = ("_came", "_left")
 
@@ -161,7 +162,7 @@ class WireItems(WireReply):
         if raw is not None:
             with self._link.mutex:
                 self._came.append(raw)
-                self._left -= 1
+                self._left -= len(decode_items(raw.message)) or 1
                 self.done = True
                 more = self._left > 0
             if more:

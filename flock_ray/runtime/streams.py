@@ -18,7 +18,7 @@ from flock_ray.core import wire
 from flock_ray.runtime import inside, payload
 from flock_ray.runtime.links import Link
 from flock_ray.runtime.pending import FOREVER, Opened, Pending, open_raw, value_of
-from flock_ray.runtime.replies import Down, NoAnswer, Reply, answer_of
+from flock_ray.runtime.replies import Down, NoAnswer, Raw, Reply, answer_of
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -42,6 +42,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
         self._pulls: deque[list[Any]] = deque()  # under way: replies, and how many items each may still bring
         self._credit = 0  # items that may still come
         self._pulled = 0  # pulls sent
+        self._head: bytes | None = None  # of each
         self._ended = False
 
     # On a thread
@@ -73,7 +74,10 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
             return
         reply = self._next_reply()
         try:
-            opened = open_raw(reply.get(self._timeout))
+            raw = reply.get(self._timeout)
+            if self._take_items(raw):
+                return
+            opened = open_raw(raw)
             if opened.answer.kind == "parcel":
                 opened = open_raw(self._link.fetch(opened.answer.text).get(self._timeout))
         except NoAnswer:
@@ -112,7 +116,10 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
             return
         reply = self._next_reply()
         try:
-            opened = open_raw(reply.get(0) if reply.done else await answer_of(reply, self._timeout))
+            raw = reply.get(0) if reply.done else await answer_of(reply, self._timeout)
+            if self._take_items(raw):
+                return
+            opened = open_raw(raw)
             if opened.answer.kind == "parcel":
                 opened = open_raw(await answer_of(self._link.fetch(opened.answer.text), self._timeout))
         except NoAnswer:
@@ -158,16 +165,27 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
         self._opening = None
         outcome = message.outcome
         if isinstance(outcome, Opened) and message.link is not None:
+            self._pulls.append([message.reply, 1])
+            self._credit = 1
             self._take(outcome)
         else:
             self._ended = True
             message.value()  # raises
 
+    def _take_items(self, raw: Raw) -> bool:
+        """Takes small items, as most are. False if it is another answer."""
+        items = wire.decode_items(raw.message)
+        if not items or raw.extra:
+            return False
+        self._items.extend([(item, ()) for item in items])
+        self._came(len(items))
+        return True
+
     def _take(self, opened: Opened) -> None:
         answer, body, extra = opened
         if answer.kind == "item":
             self._items.append((body, extra))
-            self._pull()
+            self._came(1)
         elif answer.kind == "later":
             self._give_up_pull()
             self._pull()
@@ -192,22 +210,27 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
         """Asks for more, if there is room for it."""
         if self._ended or len(self._items) + self._credit > WINDOW - AT_A_TIME:
             return
-        message = self._message
-        items = AT_A_TIME if self._link.path != "ray" else 1
-        head = wire.encode(wire.Pull(message.caller, message.order, items))
+        message, link = self._message, self._link
+        items = AT_A_TIME if link.path != "ray" else 1
+        if self._head is None:
+            self._head = wire.encode(wire.Pull(message.caller, message.order, items))
         for _ in range(AT_A_TIME // items):
-            self._pulls.append([self._link.pull(wire.encode_call(head, self._pulled, b""), items), items])
+            self._pulls.append([link.pull(wire.encode_call(self._head, self._pulled, b""), items), items])
             self._pulled += 1
         self._credit += AT_A_TIME
 
     def _next_reply(self) -> Reply:
-        """Where the next item comes from."""
-        while not self._pulls[0][1]:
-            self._pulls.popleft()
-        self._pulls[0][1] -= 1
-        self._credit -= 1
+        """Where the next items come from."""
         reply: Reply = self._pulls[0][0]
         return reply
+
+    def _came(self, items: int) -> None:
+        """The first pull has brought some."""
+        first = self._pulls[0]
+        first[1] -= items
+        self._credit -= items
+        if not first[1]:
+            self._pulls.popleft()
 
     def _give_up_pull(self) -> None:
         """The first pull brings no more."""
