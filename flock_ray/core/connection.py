@@ -114,6 +114,8 @@ class Connection:
         buffer = self._buffer
         if not buffer and self._stage is _Stage.OPEN:
             return self._frames(data), b""
+        if self._stage is _Stage.BROKEN:
+            raise ProtocolError("the connection is broken")
         buffer += data
         if len(buffer) < self._needed:
             return [], b""
@@ -157,12 +159,10 @@ class Connection:
             return self._take_hello()
         if self._stage is _Stage.CHALLENGE:
             return self._take_challenge()
-        if self._stage is _Stage.PROOF:
-            if len(self._buffer) >= PROOF:
-                self._check(self._cut(PROOF), self._proof(b"caller", self._nonce))
-                self._stage = _Stage.OPEN
-            return b""
-        raise ProtocolError("the connection is broken")
+        if len(self._buffer) >= PROOF:
+            self._check(self._cut(PROOF), self._proof(b"caller", self._nonce))
+            self._stage = _Stage.OPEN
+        return b""
 
     def _take_hello(self) -> bytes:
         if not MAGIC.startswith(self._buffer[: len(MAGIC)]):

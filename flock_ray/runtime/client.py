@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import os
 import threading
 import time
 import uuid
@@ -20,6 +21,7 @@ from flock_ray.runtime import inside, payload
 from flock_ray.runtime.asks import Asks
 from flock_ray.runtime.courier import Courier
 from flock_ray.runtime.deadlines import Deadlines
+from flock_ray.runtime.forks import in_child
 from flock_ray.runtime.lanes import Lane
 from flock_ray.runtime.links import Link, Links, RayLinks
 from flock_ray.runtime.pending import FOREVER, CallFuture, Default, Pending
@@ -47,6 +49,7 @@ class Client:
         self.looked_at = 0.0  # when it was seen that Ray's session is still this one
         self.asks = Asks(flock, links, courier, clock)
         self.deadlines = Deadlines()
+        self._pid = os.getpid()
         self._process = uuid.uuid4().hex[:16]
         self._callers = itertools.count()
         self._routes: dict[Name, tuple[Route, Link]] = {}
@@ -196,13 +199,19 @@ class Client:
         """Refuses to wait for a future where that would stop a bird for ever.
 
         Raises:
-            RuntimeError: in an `async def` method.
+            RuntimeError: in an `async def` method, or in a process that was forked from the one that sent it.
             CallCycle: the bird waits for what runs here.
         """
+        self.check_process()
         if inside.in_async_method():
             raise RuntimeError(f"waiting for {message.method!r} here would stop this bird's event loop; await asyncio.wrap_future(future)")
         message.waited_in = inside.current_chain()  # looked at again when the way to the bird is known
         message.lane.check_waiting(message.waited_in)
+
+    def check_process(self) -> None:
+        """Raises `RuntimeError` in a process that was forked from the one that it is of."""
+        if os.getpid() != self._pid:
+            raise RuntimeError(_FORKED)
 
     # The end
 
@@ -244,10 +253,35 @@ def _works(attempt: Callable[[Any], object], value: Any) -> bool:
     return True
 
 
-_courier = Courier()
-_clients: dict[str, Client] = {}
-_lock = threading.Lock()
-_links = RayLinks()
+_FORKED = (
+    "this process was forked from one that uses Ray, and neither Ray nor flock_ray works in a forked child; "
+    'start it with the "spawn" method of multiprocessing, and call ray.init() in it'
+)
+
+
+class _Process:
+    """What this process has."""
+
+    def __init__(self) -> None:
+        self.links = RayLinks()
+        self.inherited: object | None = None  # the session of the process that this one was forked from
+        self._parents: list[object] = []  # what is that process's: kept, for its locks may be held by threads that are not here
+        self._begin()
+
+    def _begin(self) -> None:
+        self.lock = threading.Lock()
+        self.courier = Courier()
+        self.clients: dict[str, Client] = {}
+
+    def forked(self) -> None:
+        """This is a child: it begins anew."""
+        self._parents += (self.lock, self.courier, self.clients)
+        self.inherited = next((client.session for client in self.clients.values()), self.inherited)
+        self._begin()
+
+
+_process = _Process()
+in_child(_process.forked)
 
 
 def client_of(flock: str) -> Client:
@@ -255,30 +289,33 @@ def client_of(flock: str) -> Client:
 
     Raises:
         FlockNotRunning: Ray is not initialised.
+        RuntimeError: this process was forked from one that uses the flock.
     """
-    client = _clients.get(flock)
+    client = _process.clients.get(flock)
     now = time.monotonic()
-    if client is not None and now - client.looked_at < LOOK_AGAIN and _links.is_up():
+    if client is not None and now - client.looked_at < LOOK_AGAIN and _process.links.is_up():
         return client
-    session = _links.session()
+    session = _process.links.session()
     if client is not None and client.session == session:
         client.looked_at = now
         return client
-    with _lock:
-        client = _clients.get(flock)
+    if session is not None and session == _process.inherited:
+        raise RuntimeError(_FORKED)
+    with _process.lock:
+        client = _process.clients.get(flock)
         if client is None or client.session != session:
             if client is not None:
                 client.forget()
             if session is None:
-                _clients.pop(flock, None)
+                _process.clients.pop(flock, None)
                 raise errors.FlockNotRunning("Ray is not initialised in this process; call ray.init() first")
-            client = _clients[flock] = Client(flock, Ways(flock, _courier), _courier)
+            client = _process.clients[flock] = Client(flock, Ways(flock, _process.courier), _process.courier)
         return client
 
 
 def let_go(flock: str) -> None:
     """Flushes casts, and drops what this process keeps of a flock."""
-    client = _clients.pop(flock, None)
+    client = _process.clients.pop(flock, None)
     if client is not None:
         client.flush(FLUSH_SECONDS)
         client.forget()
@@ -287,6 +324,6 @@ def let_go(flock: str) -> None:
 @atexit.register
 def _flush_at_exit() -> None:
     until = time.monotonic() + FLUSH_SECONDS
-    for client in tuple(_clients.values()):
-        if client.session == _links.session():
+    for client in tuple(_process.clients.values()):
+        if client.session == _process.links.session():
             client.flush(until - time.monotonic())

@@ -1,7 +1,7 @@
 """Generators that callers read: what a life keeps of each.
 
-A caller pulls: the call that opens a stream, and each `Pull` after it, is answered with one item. So a stream needs no more than calls do,
-goes whatever way they go, and an item leaves as soon as it is there; the pulls that a caller has under way are its credit.
+A caller pulls: the call that opens a stream is answered with one item, each `Pull` after it with some. So a stream needs no more than
+calls do, goes whatever way they go, and an item leaves as soon as it is there; the pulls that a caller has under way are its credit.
 
 Rules kept here: a generator advances in the bird's turn, and between items other methods run; an item is pickled when it is yielded, for
 the generator may change it afterwards; a stream whose caller has gone is closed, at the latest after `IDLE` without a pull.
@@ -12,7 +12,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flock_ray.runtime.listener import Caller
 
 IDLE = 600.0  # seconds without a pull after which a stream that came by Ray is given up: Ray does not tell of a caller's end
 
@@ -33,7 +36,7 @@ class Reading:
     """
 
     def __init__(
-        self, call: tuple[str, int], generator: Any, chain: tuple[tuple[str, Any], ...], method: str, what: str, connection: object | None
+        self, call: tuple[str, int], generator: Any, chain: tuple[tuple[str, Any], ...], method: str, what: str, connection: Caller | None
     ) -> None:
         self.call = call
         self.generator = generator
@@ -82,7 +85,7 @@ class Readings:
             self._open.clear()
         return readings
 
-    def of(self, connection: object) -> list[Reading]:
+    def of(self, connection: Caller) -> list[Reading]:
         """Those opened over a connection."""
         with self._lock:
             return [one for one in self._open.values() if one.connection is connection]

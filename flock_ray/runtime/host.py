@@ -19,6 +19,7 @@ import pickle
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ class Host:
         self._leave_process = leave
         self._lock = threading.Lock()
         self._life: HostedLife | None = None
-        self._never: set[tuple[Dot, int]] = set()  # lives that were to end before they began
+        self._never: deque[tuple[Dot, int]] = deque(maxlen=64)  # lives that were to end before they began; a host has one
         self._leaving = False
         self._ip = ip
         self._listener: Listener | None = None
@@ -180,7 +181,7 @@ class Host:
             life = self._life
             here = life is not None and (life.dot, life.born) == (order.dot, order.born)
             if not here:
-                self._never.add((order.dot, order.born))
+                self._never.append((order.dot, order.born))
         if life is not None and here:
             life.end(order)
         else:
@@ -269,6 +270,10 @@ class Host:
     def awaited(self) -> bool:
         """Does another call wait for its turn?"""
         return self._listener is not None and self._listener.awaited
+
+    def occupied(self) -> bool:
+        """Does a call that came by a socket wait, or run?"""
+        return self._listener is not None and self._listener.occupied
 
     # What lives need (`life.Surroundings`)
 

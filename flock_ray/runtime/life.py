@@ -49,10 +49,12 @@ from flock_ray.specs import Life
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from flock_ray.runtime.listener import Caller
     from flock_ray.runtime.timers import Entry, Scheduler
 
 log = logging.getLogger("flock_ray.bird")
 
+METHODS = 1_000  # whose refusals are kept, whatever names are asked for
 REMEMBERED = 10_000  # withdrawn calls that have not come to their turn, and callers who were told that there is no room
 
 MOVED = encode(Answer("moved"))
@@ -92,6 +94,9 @@ class Surroundings(Protocol):
 
     def awaited(self) -> bool:
         """Does another call wait for its turn?"""
+
+    def occupied(self) -> bool:
+        """Does a call that came by a socket wait, or run?"""
 
     def may_run(self) -> bool:
         """False: this process is over, nothing must run."""
@@ -242,6 +247,8 @@ class HostedLife:
         try:
             refused = self._methods[key]
         except KeyError:
+            if len(self._methods) >= METHODS:
+                self._methods.clear()
             refused = self._methods[key] = self._examine(*key)
         if refused is not None and head.cast:
             log.error("bird %r: a cast was refused: there is no method %r to run", self.name, head.method)
@@ -324,7 +331,7 @@ class HostedLife:
 
     # Streams
 
-    def _open(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: object | None) -> Reading | Response:
+    def _open(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: Caller | None) -> Reading | Response:
         """Calls a generator method, which runs nothing of it yet; or the refusal."""
         arguments = self._arguments(head, body, extra)
         if isinstance(arguments, bytes):
@@ -338,6 +345,8 @@ class HostedLife:
         reading = Reading((head.caller, order), generator, head.chain, head.method, what, connection)
         for idle in self._readings.add(reading):
             self._close_later(idle)
+        if connection is not None and connection.gone:
+            self.withdraw(*reading.call)  # its caller left before it began
         return reading
 
     def _pulled(self, pull: Pull) -> Reading | None:
@@ -366,7 +375,7 @@ class HostedLife:
             self._crash(text)
         return self._raised_answer(error, text)
 
-    def close_streams_of(self, connection: object) -> None:
+    def close_streams_of(self, connection: Caller) -> None:
         """A caller has gone."""
         for reading in self._readings.of(connection):
             self.withdraw(*reading.call)

@@ -33,7 +33,7 @@ class AsyncLife(HostedLife):
         super().__init__(order, host)
         self._loop = asyncio.get_running_loop()
         self._order = LoopOrder()
-        self.interleaved = interleaved(order.spec.options)
+        self._room = asyncio.Semaphore(interleaved(order.spec.options))  # first come, first served
         self._running: dict[object, asyncio.Task[Any] | None] = {}  # by call id or timer entry
         self._idle = asyncio.Event()
         self._idle.set()
@@ -58,22 +58,23 @@ class AsyncLife(HostedLife):
             self._idle.set()
             self._made.set()
 
-    async def call(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: object | None = None) -> Response:
+    async def call(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: Caller | None = None) -> Response:
         """Begins a method in its caller's order, and answers."""
         refused = self._at_the_door(head, order)
         if refused is not None:
             return refused
         await self._order.wait(head.caller, order)
-        refused = self._turned_away(head, order)
-        if refused is not None:
-            return refused
-        if head.stream:
+        async with self._room:
+            refused = self._turned_away(head, order)
+            if refused is not None:
+                return refused
+            if not head.stream:
+                return await self._run(head, order, body, extra)
             opened = self._open(head, order, body, extra, connection)
-            if not isinstance(opened, Reading):
-                return opened
-            async with self._one_by_one(opened):
-                return await self._next(opened)
-        return await self._run(head, order, body, extra)
+        if not isinstance(opened, Reading):
+            return opened
+        async with self._one_by_one(opened):  # it takes nobody's place any more: to wait for an item is not to run
+            return await self._next(opened)
 
     async def _run(self, head: Call, order: int, body: memoryview, extra: Sequence[Any]) -> Response:
         arguments = self._arguments(head, body, extra)
@@ -226,7 +227,6 @@ class AsyncHost(Host):
         life = self.accept(order, AsyncLife)
         if isinstance(life, AsyncLife):
             self._loop = asyncio.get_running_loop()
-            self._room = asyncio.Semaphore(life.interleaved)
             self._came: deque[tuple[Caller, int, Call | Pull, int, memoryview]] = deque()
             self._posted = False
             self._inside = 0  # calls that were taken and are not answered yet
@@ -258,15 +258,11 @@ class AsyncHost(Host):
     async def _answer_frame(self, caller: Caller, number: int, head: Call | Pull, order: int, body: memoryview) -> None:
         self._inside += 1
         try:
-            if isinstance(head, Pull):  # what waits for an item takes nobody's place
+            if isinstance(head, Pull):
                 async for item in self._pull(head, order):
                     self._answer(caller, number, self.framed(item))
                 return
-            if head.stream:
-                response = await self._run(head, order, body, (), caller)
-            else:
-                async with self._room:
-                    response = await self._run(head, order, body, (), caller)
+            response = await self._run(head, order, body, (), caller)
         finally:
             self._inside -= 1
         self._answer(caller, number, self.framed(response) if response else head.caller)
@@ -288,7 +284,7 @@ class AsyncHost(Host):
         head, order, body = decode_call(message)
         return await anext(self._pull(head, order)) if isinstance(head, Pull) else await self._run(head, order, body, extra, None)
 
-    async def _run(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: object | None) -> Response:
+    async def _run(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: Caller | None) -> Response:
         life = self.life
         if not isinstance(life, AsyncLife) or head.dot != life.dot:
             return MOVED

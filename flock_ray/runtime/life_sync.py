@@ -26,7 +26,7 @@ class SyncLife(HostedLife):
         super().__init__(order, host)
         self.slots = order.spec.options.max_concurrency
         self._turns = Turns(self.slots)
-        self._order = ThreadOrder(busy=lambda: self._turns.busy)
+        self._order = ThreadOrder()
         self._pool: ThreadPoolExecutor | None = None
         self._turns.enter()  # __init__'s turn
 
@@ -47,12 +47,12 @@ class SyncLife(HostedLife):
         finally:
             self._turns.leave()
 
-    def call(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: object | None = None) -> Response:
+    def call(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: Caller | None = None) -> Response:
         """Runs a method when it is its turn, and answers."""
         refused = self._at_the_door(head, order)
         if refused is not None:
             return refused
-        gate = self._order.wait(head.caller, order, self._turns.line_up)
+        gate = self._order.wait(head.caller, order, self._turns.line_up, self._is_busy if connection is None else self._turns_are_taken)
         if gate is not None:
             gate.acquire()
         try:
@@ -65,6 +65,13 @@ class SyncLife(HostedLife):
             return self._run(head, body, extra)
         finally:
             self._turns.leave()
+
+    def _turns_are_taken(self) -> bool:
+        return self._turns.busy
+
+    def _is_busy(self) -> bool:
+        """For what comes by Ray: what its caller sent before by a socket may wait in the mailbox."""
+        return self._turns.busy or self._host.occupied()
 
     def _run(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
         arguments = self._arguments(head, body, extra)
@@ -210,7 +217,7 @@ class SyncHost(Host):
         head, order, body = decode_call(message)
         return next(self._pull(head, order)) if isinstance(head, Pull) else self._run(head, order, body, extra, None)
 
-    def _run(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: object | None) -> Response:
+    def _run(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: Caller | None) -> Response:
         life = self.life
         if not isinstance(life, SyncLife) or head.dot != life.dot:
             return MOVED

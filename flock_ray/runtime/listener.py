@@ -28,6 +28,7 @@ from pathlib import Path
 
 from flock_ray.core.connection import ANSWER, CALL, Connection, Frame, ProtocolError, frame
 from flock_ray.core.wire import ITEM, encode_items
+from flock_ray.runtime.forks import close_in_child
 from flock_ray.runtime.spin import Spin
 from flock_ray.runtime.tls import Encrypted
 
@@ -59,7 +60,7 @@ def socket_path(directory: str | Path, pid: int) -> Path:
 class Caller:
     """A connection from a caller."""
 
-    __slots__ = ("connection", "fileno", "lock", "since", "socket", "stranger", "unsent", "waiting")
+    __slots__ = ("connection", "fileno", "gone", "lock", "since", "socket", "stranger", "unsent", "waiting")
 
     def __init__(self, sock: socket.socket | Encrypted, connection: Connection) -> None:
         self.socket = sock
@@ -70,6 +71,7 @@ class Caller:
         self.lock = threading.Lock()  # guards what is written
         self.unsent: deque[memoryview] = deque()
         self.waiting = 0  # bytes in `unsent`
+        self.gone = False
 
 
 class Refusals:
@@ -222,6 +224,7 @@ class Listener:
         return f"{ip}:{remote.getsockname()[1]} {name}"
 
     def _add_door(self, door: socket.socket) -> None:
+        close_in_child(door)
         door.listen(BACKLOG)
         door.setblocking(False)
         self._doors[door.fileno()] = door
@@ -231,6 +234,7 @@ class Listener:
         sock: socket.socket | Encrypted
         try:
             sock, _ = door.accept()
+            close_in_child(sock)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 logger.warning("no more connections: the process has too many files open")
@@ -248,7 +252,9 @@ class Listener:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             keep_alive(sock)
             if self._tls is not None:
-                sock = Encrypted(self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False))
+                encrypted = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+                close_in_child(encrypted)
+                sock = Encrypted(encrypted)
         caller = Caller(sock, Connection(self._secret, self._life, os.urandom(32), listens=True))
         self._callers[caller.fileno] = caller
         self._strangers += 1
@@ -264,6 +270,7 @@ class Listener:
             if self._callers.get(caller.fileno) is not caller:
                 return
             del self._callers[caller.fileno]
+            caller.gone = True
         if caller.stranger:
             self._strangers -= 1
             why = why or NO_PROOF
@@ -442,6 +449,12 @@ class Listener:
     def awaited(self) -> bool:
         """Does a call wait for its turn?"""
         return bool(self._mailbox)
+
+    @property
+    def occupied(self) -> bool:
+        """Does a call wait, or run?"""
+        with self._lock:
+            return bool(self._mailbox or self._running)
 
     def send(self, answers: Answers) -> None:
         """Writes answers to those who asked. From any thread."""

@@ -16,7 +16,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 GAP = 1.0  # seconds a message waits for a missing one; longer keeps order over slower links, shorter stalls less for a lost one
-CALLERS = 10_000  # callers whose place is remembered; one forgotten waits GAP once
+CALLERS = 100_000  # callers whose place is remembered, 20 MB of them; one forgotten waits GAP once
 
 
 class Turns:
@@ -105,14 +105,14 @@ class Order:
         self._early.setdefault(caller, set()).add(order)
 
     def early_no_more(self, caller: str, order: int) -> None:
-        waiting = self._early[caller]
+        waiting = self._early.get(caller, set())  # gone, if a broken peer sent a number twice
         waiting.discard(order)
         if not waiting:
-            del self._early[caller]
+            self._early.pop(caller, None)
 
     def give_up(self, caller: str) -> None:
         """What is missing is not waited for any more: the first that is there may begin."""
-        self._next[caller] = max(min(self._early[caller]), self._next.get(caller, 0))
+        self._next[caller] = max(min(self._early.get(caller, ()), default=0), self._next.get(caller, 0))
 
 
 class ThreadOrder:
@@ -120,33 +120,32 @@ class ThreadOrder:
 
     Args:
         gap: seconds a message waits for a missing one.
-        busy: does a method run now?
     """
 
-    def __init__(self, gap: float = GAP, busy: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, gap: float = GAP) -> None:
         self._gap = gap
-        self._busy = busy
         self._order = Order()
         self._changed = threading.Condition()
 
-    def wait(self, caller: str, order: int, line_up: Callable[[], T]) -> T:
+    def wait(self, caller: str, order: int, line_up: Callable[[], T], busy: Callable[[], bool]) -> T:
         """Waits until all earlier messages of the caller have begun, or one is missing for `gap` seconds; then this one has begun.
 
         Args:
             line_up: takes its place where what has begun waits for its turn; before the next message may do so.
+            busy: may what is missing have come, and wait for others to end?
         """
         with self._changed:
             if not self._order.may_begin(caller, order):
-                self._wait(caller, order)
+                self._wait(caller, order, busy)
             place = line_up()
             if self._order.begun(caller, order):
                 self._changed.notify_all()
         return place
 
-    def _wait(self, caller: str, order: int) -> None:
+    def _wait(self, caller: str, order: int, busy: Callable[[], bool]) -> None:
         self._order.early(caller, order)
         while not self._changed.wait_for(lambda: self._order.may_begin(caller, order), self._gap):
-            if not self._busy():  # else what is missing may just wait for its turn
+            if not busy():
                 self._order.give_up(caller)
                 self._changed.notify_all()
         self._order.early_no_more(caller, order)

@@ -29,6 +29,7 @@ from pathlib import Path
 
 from flock_ray.core.connection import CONTROL, MAX_BODY, Connection, ProtocolError, frame
 from flock_ray.core.wire import decode_items
+from flock_ray.runtime.forks import close_in_child, in_child
 from flock_ray.runtime.listener import READ, keep_alive
 from flock_ray.runtime.replies import Down, NoAnswer, Raw, Urgency
 from flock_ray.runtime.spin import Spin
@@ -207,12 +208,13 @@ class SocketLink:
         self.mutex = threading.Lock()  # guards the replies' states, and the next two
         self.watched = 0  # replies that have callbacks, and no event loop that reads
         self.sleepers: dict[threading.Lock, WireReply] = {}  # each thread's gate, and what it waits for
-        self._writing = threading.Lock()  # guards the next five
+        self._writing = threading.Lock()  # guards the next six
         self._replies: dict[int, WireReply] = {}  # by number
         self._next = 0
         self.unsent: deque[tuple[int, bytes]] = deque()  # number of the frame, and what of it is not written yet
         self._unsent_size = 0
         self._wrote_at = 0.0
+        self._is_armed = False  # the reader will write what is not written yet
         self._reading = threading.Lock()
         self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()  # that look whether there is something to read
         self._latest_loop: Callable[[], asyncio.AbstractEventLoop | None] = _no_loop
@@ -221,6 +223,7 @@ class SocketLink:
         self._limit = limit
         self._connection = Connection(secret, life, os.urandom(32), listens=False, limit=limit)
         sock = _connect(address, folder, tls)
+        close_in_child(sock)
         self.local = sock.family == socket.AF_UNIX
         self.path = "unix" if self.local else "tcp"
         self.used_at = float("inf") if self.local else 0.0  # on this machine the kernel tells at once of a host's end: no ping is needed
@@ -309,8 +312,9 @@ class SocketLink:
                 if (alone and now - self._wrote_at > BURST) or self._unsent_size > AT_ONCE:
                     left = self._write()
                 else:
-                    left = alone and urgency is Urgency.SOON
+                    left = urgency is Urgency.SOON and not self._is_armed  # an event loop that is to write the others may be held up
                 self._wrote_at = now
+            self._is_armed = bool(unsent) and (left or self._is_armed)
         if left:
             _reader.arm(self)
         return reply
@@ -319,7 +323,7 @@ class SocketLink:
         """Writes what was kept to be written together."""
         if self.unsent:
             with self._writing:
-                left = self._write()
+                left = self._is_armed = self._write()
             if left:
                 _reader.arm(self)
 
@@ -540,6 +544,10 @@ class Reader:
     """
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Nobody is read for, and there is no thread yet."""
         self._lock = threading.Lock()
         self._epoll: select.epoll | None = None
         self._links: weakref.WeakValueDictionary[int, SocketLink] = weakref.WeakValueDictionary()
@@ -572,6 +580,7 @@ class Reader:
 
 
 _reader = Reader()
+in_child(_reader.begin)  # its thread is not there, and its epoll is the parent's
 
 
 def _connect(address: str, folder: Path, tls: ssl.SSLContext | None) -> socket.socket:

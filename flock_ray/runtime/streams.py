@@ -57,6 +57,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
             if inside.in_async_method():
                 text = f"reading {self._message.method!r} of bird {self._name!r} with `for` would stop the event loop of this bird"
                 raise RuntimeError(f"{text}; use `async for`")
+            self._message.lane.client.check_process()
             self._wait()
         return self._next()  # type: ignore[no-any-return]  # what the generator yielded
 

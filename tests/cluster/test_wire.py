@@ -354,6 +354,23 @@ def test_what_callers_do_needs_no_head(flyground, name):
         flock_ray.stop((name, end))
 
 
+def test_a_child_forked_from_a_caller_is_refused_and_disturbs_nobody(scribe):
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            flock_ray.call(scribe, "echo", 1)
+        except RuntimeError as error:
+            os.write(theirs, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(theirs)
+    with os.fdopen(ours) as said:
+        assert "forked" in said.read()
+    os.waitpid(pid, 0)
+    assert [scribe.echo(n) for n in range(10)] == list(range(10))
+
+
 def test_a_bird_that_listens_nowhere_is_called_by_ray(flyground, name):
     """`wire="ray"` is for a whole flock."""
     flock_ray.init("lake", wire="ray")

@@ -26,15 +26,8 @@ LATE = 2.0  # seconds within which good and bad peers get what is due to them
 STALL = 0.3  # seconds that this process itself was not run: they are not counted
 
 KNOWN = {
-    "leaves_before_its_stream_begins": "a stream whose caller leaves before it begins is never closed",
-    "no_exception": "what a pickle raises that is no Exception ends the thread that reads: the host hears nobody any more",
-    "pull_without_end": "a pull of more items than can be made quickly stops all reading until they are made, and keeps them in memory",
     "long_answers": "an answer above a megabyte that nobody fetches is kept for ten minutes, however many there are",
-    "garbage_orders": "a CONTROL that cannot be read is neither answered nor is its sender cut off, and what came with it is lost",
-    "orders_for_others": "a host keeps every life that was to end before it began, for ever",
-    "the listener's lock": "the watchdog takes it twice when it sends what is too much for a caller (victim.py: it may)",
     "gaps of a second": "a gap in one caller's order holds up all callers of a sync bird for a second (victim.py: 5 ms)",
-    "names of methods": "a host keeps a refusal for every name of a method that anybody asks for (victim.py: forgotten before a look)",
 }
 
 

@@ -48,7 +48,6 @@ WARM_UP = 0.1  # of the time; then the corpus, the heads kept by `wire` and the 
 SLACK = 8 << 20  # bytes: the fuzzer's own corpus grows on
 THEIRS = b"t" * 32  # the nonce of the other side
 LIMITS = (0, 1, 40, 300, 5000, MAX_BODY)
-BROKEN_BUFFER_GROWS = True  # known: a broken connection goes on to keep what it is given. False once it does not
 
 
 class Program:
@@ -114,9 +113,8 @@ class Side:
     def _broken(self, data: bytes) -> None:
         self.broke = True
         promised(not self.real.open, "a broken connection is not open")
-        if not BROKEN_BUFFER_GROWS:
-            held = len(self.real._buffer)
-            promised(held <= self.limit + ts.HEAD + len(data), f"a broken connection keeps {held:,} bytes")
+        held = len(self.real._buffer)
+        promised(held <= self.limit + ts.HEAD + len(data), f"a broken connection keeps {held:,} bytes")
 
     def settle(self) -> None:
         """All was sent: compares."""

@@ -196,7 +196,6 @@ class Victim:
 
     def __init__(self, folder: Path, as_is: bool) -> None:
         self._folder, self._as_is = folder, as_is
-        self._streams_of_nobody = 0
         self.watch = Watch()
         self.watch.install()
         for module in (listener, peers):
@@ -209,7 +208,6 @@ class Victim:
         self._listener._call = lambda caller, number, body: self.watch.of(caller.connection, call, caller, number, body)
         if not as_is:
             self._host.life._order._gap = life_sync.GAP = 0.005  # each gap in a caller's order holds up all others for a second
-            self._listener._lock = threading.RLock()  # the watchdog takes it twice when it sends what is too much for a caller
         there = threading.Event()
         threading.Thread(target=run, args=(self._nest(there),), name="nest", daemon=True).start()
         there.wait(10)
@@ -226,14 +224,6 @@ class Victim:
     @property
     def host_address(self) -> str:
         return self._host.address
-
-    def _live_with_known_defects(self) -> None:
-        life = self._host.life
-        life._methods.clear()  # it grows with each name of a method that anybody asks for
-        for reading in list(life._readings._open.values()):  # a stream whose caller left before it began
-            if reading.connection not in self._listener._callers.values():
-                self._streams_of_nobody += 1
-                life.withdraw(*reading.call)
 
     def _crowd(self) -> int:
         """Connections from other machines, as it were, that have not proved themselves."""
@@ -252,8 +242,6 @@ class Victim:
 
     def stats(self) -> dict[str, Any]:
         """What is here now. Memory in bytes, after all that is free was given back."""
-        if not self._as_is:
-            self._live_with_known_defects()
         kept = len(wire._heads)
         wire._heads.clear()  # a cache: it fills up to its bound again and again
         gc.collect()
@@ -285,7 +273,6 @@ class Victim:
                 "refused": len(life._refused),
                 "orders": len(life._order._order._next),
                 "never": len(self._host._never),
-                "streams_of_nobody": self._streams_of_nobody,
             },
             "state": life.state.value,
             "turned_away": [self._listener.refused, self._ears.refused],

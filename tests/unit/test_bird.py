@@ -114,7 +114,7 @@ def initialised(monkeypatch):
     """A process in which Ray seems to be up; nothing may be sent."""
     monkeypatch.setattr("flock_ray.runtime.links.RayLinks.session", lambda self: "session")
     yield
-    monkeypatch.setattr("flock_ray.runtime.client._clients", {})
+    monkeypatch.setattr("flock_ray.runtime.client._process.clients", {})
 
 
 def test_flocks_are_values():

@@ -780,7 +780,7 @@ def test_a_missing_message_is_waited_for_only_so_long():
 
     asyncio.run(main())
     order, begun = ThreadOrder(gap=0.05), []
-    threads = [threading.Thread(target=lambda i=i: order.wait("me", i, lambda: begun.append(i))) for i in (2, 0)]
+    threads = [threading.Thread(target=lambda i=i: order.wait("me", i, lambda: begun.append(i), lambda: False)) for i in (2, 0)]
     for thread in threads:
         thread.start()
     for thread in threads:

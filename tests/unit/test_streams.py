@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import gc
 import threading
 import time
@@ -14,7 +15,8 @@ import pytest
 from flock_ray import errors
 from flock_ray.core import wire
 from flock_ray.core import wire as codec
-from flock_ray.runtime import inside
+from flock_ray.runtime import inside, life_async, life_sync
+from flock_ray.runtime.mailbox import LoopOrder, ThreadOrder
 from tests.support.oneprocess import DOT, Pair
 
 
@@ -510,6 +512,56 @@ def test_casts_futures_and_calls_of_one_caller_run_in_their_order(pair):
     assert [one for one in pair.call("everything") if one != "here"] == list(range(3000))
 
 
+class Slow:
+    """Takes its time."""
+
+    def __init__(self):
+        self.got = []
+
+    def put(self, what, pause):
+        self.got.append(int(what) if np.ndim(what) == 0 else len(what))
+        time.sleep(pause)
+
+    def everything(self):
+        return self.got
+
+    def count_on(self):
+        LOG.append("begun")
+        try:
+            yield 1
+            yield 2
+        finally:
+            LOG.append("let go")
+
+
+class AsyncSlow(Slow):
+    async def put(self, what, pause):
+        super().put(what, 0)
+        await asyncio.sleep(pause)
+
+
+@pytest.mark.parametrize("cls", [Slow, AsyncSlow])
+def test_what_ray_carries_waits_for_what_a_socket_brought_however_long_that_takes(tmp_path, monkeypatch, cls):
+    monkeypatch.setattr(life_sync, "ThreadOrder", functools.partial(ThreadOrder, 0.03))
+    monkeypatch.setattr(life_async, "LoopOrder", functools.partial(LoopOrder, 0.03))
+    pair = Pair(tmp_path, "unix", cls, is_async=cls is AsyncSlow, slots=2 if cls is AsyncSlow else 1)
+    for n in range(40):
+        pair.cast("put", n, 0.004)
+    pair.call("put", np.zeros(200_000), 0)
+    assert pair.call("everything") == [*range(40), 200_000]
+    pair.close()
+
+
+def test_methods_that_ray_brings_and_those_that_sockets_bring_share_the_birds_places(tmp_path):
+    pair = Pair(tmp_path, "unix", AsyncSlow, is_async=True, slots=2)
+    pair.cast("put", 1, 0.3)
+    pair.cast("put", 2, 0.3)
+    began = time.monotonic()
+    pair.call("put", np.zeros(200_000), 0)
+    assert time.monotonic() - began > 0.25
+    pair.close()
+
+
 def test_casts_leave_nothing_behind(tmp_path):
     pair = Pair(tmp_path, "unix", Source)
     for n in range(2000):
@@ -731,6 +783,19 @@ def test_a_caller_that_goes_away_closes_a_stream_that_waits(topic):
     topic.break_connections()
     until(lambda: "closed" in LOG, "it is closed")
     stream.close()
+
+
+def test_a_stream_whose_caller_leaves_before_it_begins_is_closed(tmp_path):
+    pair = Pair(tmp_path, "unix", Slow, is_async=False)
+    pair.cast("put", 1, 0.3)
+    stream = pair.stream("count_on")
+    time.sleep(0.1)  # its call waits for its turn
+    pair.break_connections()
+    with pytest.raises(errors.BirdUnavailable):
+        next(stream)
+    until(lambda: "let go" in LOG, "its generator is dropped")
+    assert pair.host.life._readings.pop_all() == []
+    pair.close()
 
 
 def test_a_bird_ends_in_good_order_though_somebody_listens(topic):
