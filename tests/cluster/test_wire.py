@@ -299,7 +299,7 @@ def member_door(nest):
 
 def fresh_client():
     """As a process that has never called anything."""
-    client_module._clients.pop("default", None)
+    client_module._process.clients.pop("default", None)
     cluster._records.clear()
     cluster._nests.clear()
     cluster._hosts.clear()
