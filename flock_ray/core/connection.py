@@ -126,6 +126,7 @@ class Connection:
                 reply = self._shake_hands()
             except ProtocolError:
                 self._stage = _Stage.BROKEN
+                buffer.clear()
                 raise
         if self._stage is not _Stage.OPEN or not buffer:
             return [], reply

@@ -56,21 +56,12 @@ class Wire(asyncio.Protocol):
         self.early: list[tuple[int, int, bytes]] = []  # what is to be sent once the proofs are made
         self._why = ""
         self.over = False
+        self.remote = False  # it came over TCP
+        self.peer = "this machine"  # where it comes from, for people
 
     @property
     def open(self) -> bool:
         return self._connection.open
-
-    @property
-    def remote(self) -> bool:
-        """Did it come over TCP?"""
-        return self._transport is not None and isinstance(self._transport.get_extra_info("peername"), tuple)
-
-    @property
-    def peer(self) -> str:
-        """Where it comes from, for people."""
-        name = self._transport.get_extra_info("peername") if self._transport is not None else None
-        return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else "this machine"
 
     def send(self, kind: int, number: int, body: bytes) -> None:
         """Sends a frame as soon as it may."""
@@ -93,6 +84,9 @@ class Wire(asyncio.Protocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family != socket.AF_UNIX:
             keep_alive(sock)
+        name = transport.get_extra_info("peername")
+        if isinstance(name, tuple):
+            self.remote, self.peer = True, f"{name[0]}:{name[1]}"
         self._late = asyncio.get_running_loop().call_later(PATIENCE, self._check_proof)
         if self._made is not None:
             self._made(self)

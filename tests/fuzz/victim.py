@@ -29,7 +29,7 @@ from typing import Any
 
 from flock_ray.core import wire
 from flock_ray.core.connection import Connection
-from flock_ray.runtime import life_sync, listener, peers
+from flock_ray.runtime import life_sync, listener, mailbox, peers
 from flock_ray.runtime.generators import Reading
 from flock_ray.runtime.listener import Caller, Listener
 from flock_ray.runtime.nest import Nest
@@ -44,7 +44,8 @@ except ImportError:
     from asyncio import run
 
 PATIENCE = 1.0  # seconds, instead of 5: more of those who are slow
-UNREAD = 1 << 19  # bytes, instead of 64 MB
+UNREAD = 1 << 19  # bytes, instead of 256 MB
+CALLERS = 1_000  # instead of 100,000: what is remembered of callers is to be full after the warm-up
 LEAVING = 64  # strangers more that are just being turned away
 ROOM = 200  # calls in the mailbox
 MEMORY = 256 << 20  # bytes of address space above what the process begins with: a broken pickle may ask for all there is
@@ -201,6 +202,7 @@ class Victim:
         for module in (listener, peers):
             module.PATIENCE = PATIENCE
             module.UNREAD = UNREAD
+        mailbox.CALLERS = CALLERS
         self._pair = Pair(folder, "unix", Bird, mailbox=ROOM)
         self._host = self._pair.host
         self._listener: Listener = self._host._listener
