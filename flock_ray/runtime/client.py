@@ -264,7 +264,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.links = RayLinks()
-        self.inherited: object | None = None  # the session of the process that this one was forked from
+        self.inherited: set[object] = set()  # sessions of processes that this one was forked from
         self._parents: list[object] = []  # what is that process's: kept, for its locks may be held by threads that are not here
         self._begin()
 
@@ -276,7 +276,7 @@ class _Process:
     def forked(self) -> None:
         """This is a child: it begins anew."""
         self._parents += (self.lock, self.courier, self.clients)
-        self.inherited = next((client.session for client in self.clients.values()), self.inherited)
+        self.inherited |= {client.session for client in self.clients.values()}
         self._begin()
 
 
@@ -299,7 +299,7 @@ def client_of(flock: str) -> Client:
     if client is not None and client.session == session:
         client.looked_at = now
         return client
-    if session is not None and session == _process.inherited:
+    if session is not None and session in _process.inherited:
         raise RuntimeError(_FORKED)
     with _process.lock:
         client = _process.clients.get(flock)

@@ -44,12 +44,32 @@ class Reading:
         self.method = method
         self.what = what
         self.connection = connection
-        self.pulled = 0  # pulls that have been answered whole
-        self.changed = threading.Condition()  # of that
         self.running = threading.Lock()  # by who runs a sync generator: only one thread may
         self.closed = False
         self.step: asyncio.Task[Any] | None = None  # that waits for the next item of an async generator
         self.pulled_at = time.monotonic()
+        self._changed = threading.Condition()  # of the next three
+        self._answered = 0  # pulls that have been answered whole
+        self._serves = False  # a thread serves a pull
+        self._waiting: set[int] = set()  # pulls that have come too early
+
+    def begin_pull(self, number: int, gap: float) -> None:
+        """Waits until the pulls before this one are answered. What is missing for `gap` seconds, while nothing else happens, is given up."""
+        with self._changed:
+            self._waiting.add(number)
+            while self._answered < number or self._serves:
+                answered = self._answered
+                happened = self._changed.wait(gap) or self._serves or self._answered != answered
+                if not happened and number == min(self._waiting):
+                    break
+            self._waiting.discard(number)
+            self._serves = True
+
+    def end_pull(self, number: int) -> None:
+        """It is answered whole."""
+        with self._changed:
+            self._serves, self._answered = False, max(self._answered, number + 1)
+            self._changed.notify_all()
 
 
 class Readings:

@@ -234,12 +234,17 @@ class HostedLife:
         """Why this call does not even wait for its turn."""
         if self.state is not State.RUNNING:
             return MOVED
-        return FULL if self._refused and order >= self._refused.get(head.caller, order + 1) else None
+        return FULL if self._was_refused(head, order) else None
+
+    def _was_refused(self, head: Call, order: int) -> bool:
+        return bool(self._refused) and order >= self._refused.get(head.caller, order + 1)
 
     def _turned_away(self, head: Call, order: int) -> bytes | None:
         """Why this call is not run, now that it is its turn."""
         if self.state is not State.RUNNING or not self._host.may_run():
             return MOVED
+        if self._was_refused(head, order):
+            return FULL  # what its caller had sent before, while this one waited
         if self._withdrawn and (head.caller, order) in self._withdrawn:
             del self._withdrawn[head.caller, order]
             return refusal(f"the call of {self._method_name(head.method)} was withdrawn before it began", "CallTimeout")

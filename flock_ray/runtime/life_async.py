@@ -7,6 +7,7 @@ other threads and are passed to the loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import sys
 import weakref
@@ -64,7 +65,8 @@ class AsyncLife(HostedLife):
         if refused is not None:
             return refused
         await self._order.wait(head.caller, order)
-        async with self._room:
+        # Whoever waits for this call has a place: were it to wait for one, none might ever be free (C4).
+        async with self._room if self._link not in head.chain else contextlib.nullcontext():
             refused = self._turned_away(head, order)
             if refused is not None:
                 return refused

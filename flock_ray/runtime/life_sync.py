@@ -97,8 +97,7 @@ class SyncLife(HostedLife):
         if reading is None:
             yield MOVED
             return
-        with reading.changed:
-            reading.changed.wait_for(lambda: reading.pulled >= number, GAP)
+        reading.begin_pull(number, GAP)
         until = time.monotonic() + TOGETHER
         self._turns.enter()
         try:
@@ -114,9 +113,7 @@ class SyncLife(HostedLife):
                     self._turns.enter()
         finally:
             self._turns.leave()
-            with reading.changed:
-                reading.pulled = number + 1
-                reading.changed.notify_all()
+            reading.end_pull(number)
 
     def _next(self, reading: Reading) -> Response:
         inside = Inside(self, (*reading.chain, self._link))

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from enum import Enum
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flock_ray import errors
@@ -23,7 +22,7 @@ from flock_ray.core import wire
 from flock_ray.runtime import payload
 from flock_ray.runtime.deadlines import SLACK
 from flock_ray.runtime.links import Link
-from flock_ray.runtime.replies import Down, NoAnswer, Raw, Reply
+from flock_ray.runtime.replies import Down, NoAnswer, Raw, Reply, Several, also
 from flock_ray.specs import Dot, Name
 
 if TYPE_CHECKING:
@@ -193,9 +192,17 @@ class Pending:
         """Has this called, in some thread where it must not block, once there is an outcome."""
         with self.lane.lock:
             if not self.finished:
-                self._teller = teller if self._teller is None else partial(_both, self._teller, teller)
+                self._teller = also(self._teller, teller)
                 return
         teller()
+
+    def _tell_no_more(self, teller: Callable[[], object]) -> None:
+        with self.lane.lock:
+            if self._teller == teller:
+                self._teller = None
+            elif isinstance(self._teller, Several):
+                with contextlib.suppress(ValueError):
+                    self._teller.remove(teller)
 
     def expire(self) -> None:
         """Its time is over."""
@@ -252,7 +259,8 @@ class Pending:
         gate = threading.Lock()
         gate.acquire()
         self.when_finished(gate.release)
-        gate.acquire(timeout=-1 if until == FOREVER else max(0.0, until + late - time.monotonic()))
+        if not gate.acquire(timeout=-1 if until == FOREVER else max(0.0, until + late - time.monotonic())):
+            self._tell_no_more(gate.release)
 
     # Being watched
 
@@ -330,11 +338,6 @@ class _Sleeper:
     def _wake(self) -> None:
         if not self._woken.done():
             self._woken.set_result(None)
-
-
-def _both(first: Callable[[], object], second: Callable[[], object]) -> None:
-    first()
-    second()
 
 
 _OF_THE_BASE = ("_condition", "_state", "_result", "_exception", "_done_callbacks", "_who_waits")

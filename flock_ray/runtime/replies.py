@@ -70,6 +70,24 @@ class Reply(Protocol):
         ...
 
 
+class Several(list[Callable[..., object]]):
+    """Callbacks, called one after the other."""
+
+    def __call__(self, *args: object) -> None:
+        for callback in self:
+            callback(*args)
+
+
+def also(first: Callable[..., object] | None, second: Callable[..., object]) -> Callable[..., object]:
+    """Both, in this order; most have just one."""
+    if first is None:
+        return second
+    if not isinstance(first, Several):
+        return Several((first, second))
+    first.append(second)
+    return first
+
+
 async def answer_of(reply: Reply, timeout: float | None) -> Raw:
     """Waits for a reply on any event loop. Raises as `Reply.get`."""
     loop = asyncio.get_running_loop()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import select
 import socket
@@ -24,14 +25,13 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from flock_ray.core.connection import CONTROL, MAX_BODY, Connection, ProtocolError, frame
 from flock_ray.core.wire import decode_items
 from flock_ray.runtime.forks import close_in_child, in_child
 from flock_ray.runtime.listener import READ, keep_alive
-from flock_ray.runtime.replies import Down, NoAnswer, Raw, Urgency
+from flock_ray.runtime.replies import Down, NoAnswer, Raw, Urgency, also
 from flock_ray.runtime.spin import Spin
 from flock_ray.runtime.tls import Encrypted
 
@@ -42,6 +42,8 @@ LINGER = 0.0003  # seconds that a burst may grow before another thread writes it
 AT_ONCE = 1 << 16  # bytes that are written at once, whoever waits
 IDLE = 0.01  # seconds; after a longer rest a look is worth its cost, for TCP takes a message for a peer that has gone
 _NO_WAIT = socket.MSG_DONTWAIT
+
+logger = logging.getLogger(__name__)
 
 
 class _Buffer(threading.local):
@@ -89,7 +91,7 @@ class WireReply:
                     self._on_loop = loop is not None
                     link.watched += loop is None
                 else:
-                    self._callback = partial(_both, self._callback, callback)
+                    self._callback = also(self._callback, callback)
         if here:
             callback(self)
         elif loop is not None:
@@ -114,8 +116,7 @@ class WireReply:
     def settle(self, raw: Raw | None, down: Down | None) -> None:
         link = self._link
         with link.mutex:
-            self._raw, self._down = raw, down
-            self.done = self._is_there()
+            self._note(raw, down)
             callback, teller = self._callback, self._teller
             self._callback = self._teller = None
             gates = [gate for gate, reply in link.sleepers.items() if reply is self] if link.sleepers else ()
@@ -129,8 +130,9 @@ class WireReply:
         if callback is not None:
             callback(self)
 
-    def _is_there(self) -> bool:
-        return True
+    def _note(self, raw: Raw | None, down: Down | None) -> None:
+        """What came. Under the link's mutex."""
+        self._raw, self._down, self.done = raw, down, True
 
     def is_over(self, down: Down) -> None:
         """It was not even sent: nobody waits for it yet."""
@@ -159,32 +161,24 @@ class WireItems(WireReply):
             raise self._down
         raise NoAnswer
 
-    def settle(self, raw: Raw | None, down: Down | None) -> None:
-        if raw is not None:
-            with self._link.mutex:
-                self._came.append(raw)
-                self._left -= len(decode_items(raw.message)) or 1
-                self.done = True
-                more = self._left > 0
-            if more:
-                self._link.expect(self)
-        super().settle(None, down)
+    def _note(self, raw: Raw | None, down: Down | None) -> None:
+        self.done = True
+        if raw is None:
+            self._down = down
+            return
+        self._came.append(raw)
+        self._left -= len(decode_items(raw.message)) or 1
+        if self._left > 0:
+            self._link.expect(self)
 
     def forget(self) -> None:
-        self._left = 0
+        with self._link.mutex:
+            self._left = 0
         super().forget()
-
-    def _is_there(self) -> bool:
-        return bool(self._came) or self._down is not None
 
 
 def _no_loop() -> None:
     """What a reference to a loop that is gone gives."""
-
-
-def _both(first: Callable[[WireReply], object], second: Callable[[WireReply], object], reply: WireReply) -> None:
-    first(reply)
-    second(reply)
 
 
 class SocketLink:
@@ -571,12 +565,18 @@ class Reader:
             for fileno, mask in epoll.poll():
                 link = self._links.get(fileno)
                 if link is not None:
-                    if link.unsent:
-                        time.sleep(LINGER)  # else a burst would be written one by one, by two threads in turns
-                    link.flush()
-                    if mask & ~select.EPOLLOUT or link.watched:
-                        link.look()
+                    try:
+                        self._serve(link, mask)
+                    except Exception:  # a callback's: that connection has ended, and the others go on
+                        logger.exception("reading an answer failed")
                 del link  # not kept until the next has something to read
+
+    def _serve(self, link: SocketLink, mask: int) -> None:
+        if link.unsent:
+            time.sleep(LINGER)  # else a burst would be written one by one, by two threads in turns
+        link.flush()
+        if mask & ~select.EPOLLOUT or link.watched:
+            link.look()
 
 
 _reader = Reader()

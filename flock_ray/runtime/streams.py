@@ -142,8 +142,11 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
         if self._opening is not None:
             self._opening.take_back()
         else:
-            with contextlib.suppress(Exception):  # it was only a favour
-                self._link.control(wire.encode(wire.Withdraw(self._message.caller, self._message.order)))
+            self._withdraw()
+
+    def _withdraw(self) -> None:
+        with contextlib.suppress(Exception):  # it was only a favour
+            self._link.control(wire.encode(wire.Withdraw(self._message.caller, self._message.order)))
 
     async def aclose(self) -> None:
         """As `close`, which does not wait; for `contextlib.aclosing`."""
@@ -171,6 +174,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
             self._take(outcome)
         else:
             self._ended = True
+            self._withdraw()  # it may only be the first item that did not come
             message.value()  # raises
 
     def _take_items(self, raw: Raw) -> bool:
@@ -196,6 +200,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
             self._ended = True
             self._drop_pulls()
             if answer.kind != "end":
+                self._withdraw()  # it may only be an item that did not come
                 value_of(opened, self._name, self._message.method)  # raises
 
     def _next(self) -> Any:
@@ -247,6 +252,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
     def _lost(self, down: Down | None) -> NoReturn:
         self._ended = True
         self._drop_pulls()
+        self._withdraw()
         text = f"bird {self._name!r} moved, restarted or went away in the middle of {self._message.method!r}: the rest will not come"
         raise errors.BirdUnavailable(f"{text}; call again for a new stream", self._name) from down
 

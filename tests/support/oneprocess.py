@@ -6,6 +6,7 @@ import asyncio
 import os
 import pickle
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +35,7 @@ class Nest:
     """Hears what the host says."""
 
     def __init__(self) -> None:
-        self.words: list[Any] = []
+        self.words: deque[Any] = deque(maxlen=1_000)  # the latest: hosts are fuzzed too
 
     def say(self, word: bytes, timeout: float) -> bytes | None:
         self.words.append(pickle.loads(word))

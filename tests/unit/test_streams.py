@@ -17,7 +17,7 @@ from flock_ray.core import wire
 from flock_ray.core import wire as codec
 from flock_ray.runtime import inside, life_async, life_sync
 from flock_ray.runtime.mailbox import LoopOrder, ThreadOrder
-from tests.support.oneprocess import DOT, Pair
+from tests.support.oneprocess import DOT, Down, Pair
 
 
 def until(true, what, seconds=5.0):
@@ -533,6 +533,19 @@ class Slow:
         finally:
             LOG.append("let go")
 
+    def slowly(self, n, pause):
+        for i in range(n):
+            time.sleep(pause)
+            yield i
+
+    def long_ones(self):
+        LOG.append("begun")
+        try:
+            while True:
+                yield "x" * 2_000_000
+        finally:
+            LOG.append("let go")
+
 
 class AsyncSlow(Slow):
     async def put(self, what, pause):
@@ -560,6 +573,72 @@ def test_methods_that_ray_brings_and_those_that_sockets_bring_share_the_birds_pl
     pair.call("put", np.zeros(200_000), 0)
     assert time.monotonic() - began > 0.25
     pair.close()
+
+
+@pytest.mark.parametrize(("wire", "pause"), [("unix", 0.02), ("ray", 0.06)])
+def test_slow_items_come_in_order_also_where_threads_could_make_them_side_by_side(tmp_path, monkeypatch, wire, pause):
+    monkeypatch.setattr(life_sync, "GAP", 0.04)
+    pair = Pair(tmp_path, wire, Slow, slots=2)
+    assert list(pair.stream("slowly", 24, pause)) == list(range(24))
+    pair.close()
+
+
+class Mirror:
+    """Reads itself, while it holds one of its places."""
+
+    async def ticks(self, n):
+        for i in range(n):
+            yield i
+
+    async def one(self):
+        return 1
+
+    async def look(self, how):
+        await asyncio.sleep(0.2)
+        me = MIRRORS[-1]
+        return [tick async for tick in me.stream("ticks", 3, timeout=5)] if how == "stream" else await me.aio("one", timeout=5)
+
+
+MIRRORS = []
+
+
+@pytest.mark.parametrize(("how", "seen"), [("stream", [0, 1, 2]), ("call", 1)])
+def test_an_async_bird_whose_places_are_all_taken_admits_what_they_wait_for(tmp_path, how, seen):
+    pair = Pair(tmp_path, "unix", Mirror, is_async=True, slots=2)
+    MIRRORS.append(pair)
+    assert [future.result(10) for future in [pair.future("look", how) for _ in range(2)]] == [seen, seen]
+    MIRRORS.clear()
+    pair.close()
+
+
+def test_a_future_asked_again_and_again_is_still_told(tmp_path):
+    pair = Pair(tmp_path, "unix", Slow)
+    told = []
+    pair.cast("put", 1, 1.5)
+    future = pair.future("everything")
+    future.add_done_callback(lambda future: told.append(future.result()))
+    for _ in range(1_500):  # more than the stack is deep
+        with pytest.raises(TimeoutError):
+            future.result(timeout=0.0002)
+    until(lambda: told == [[1]], "it is told", 10)
+    assert pair.call("everything") == [1], "and the connection goes on"
+    pair.close()
+
+
+def test_a_stream_whose_long_item_cannot_be_fetched_is_closed(tmp_path):
+    pair = Pair(tmp_path, "unix", Slow)
+    pair.link.fetch = lambda parcel: Unreachable()
+    with pytest.raises(errors.BirdUnavailable):
+        next(pair.stream("long_ones"))
+    until(lambda: "let go" in LOG, "its generator is closed")
+    pair.close()
+
+
+class Unreachable:
+    done = True
+
+    def get(self, timeout):
+        raise Down("its actor cannot be reached", ran=True)
 
 
 def test_casts_leave_nothing_behind(tmp_path):
@@ -893,7 +972,7 @@ def test_a_result_that_nobody_fetched_in_time_is_gone_and_its_method_does_not_ru
     time.sleep(0.1)
     for _ in range(50):
         pair.host.framed(bytes(2_000_000))
-    assert threading.active_count() == threads, "what waits to be fetched costs no thread"
+    assert threading.active_count() <= threads, "what waits to be fetched costs no thread"
     answer = wire.decode(pair.host.fetch(first.text))[0]
     assert (answer.kind, answer.error) == ("refused", "BirdUnavailable"), "`moved` would have it run again"
     pair.close()
