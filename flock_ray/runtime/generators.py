@@ -54,7 +54,7 @@ class Reading:
         self._waiting: set[int] = set()  # pulls that have come too early
 
     def begin_pull(self, number: int, gap: float) -> None:
-        """Waits until the pulls before this one are answered. What is missing for `gap` seconds, while nothing else happens, is given up."""
+        """Waits until the pulls before it are answered. What is missing for `gap` seconds, while nothing else happens, is given up."""
         with self._changed:
             self._waiting.add(number)
             while self._answered < number or self._serves:
