@@ -116,20 +116,24 @@ class Links(Protocol):
 class RayReply:
     """A reply that Ray keeps."""
 
-    __slots__ = ("_future", "_link", "_ref")
+    __slots__ = ("__weakref__", "_future", "_got", "_link", "_ref")
 
     def __init__(self, ref: ray.ObjectRef[Any], link: _RayLink) -> None:
         self._ref = ref
         self._link = link
         self._future: Future[Any] | None = None
+        self._got = False
 
     @property
     def done(self) -> bool:
-        return self._future is not None and self._future.done()
+        if self._future is not None:
+            return self._future.done()
+        return self._got or bool(ray.wait([self._ref], timeout=0)[0])
 
     def get(self, timeout: float | None) -> Raw:
         try:
             answer = self._future.result(timeout) if self._future is not None else ray.get(self._ref, timeout=timeout)
+            self._got = True
         except TimeoutError as error:  # Ray's GetTimeoutError is one too
             if self._future is not None and self._future.done():
                 raise  # the task of an argument raised it

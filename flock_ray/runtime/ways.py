@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -90,25 +91,27 @@ class DirectLink(SocketLink):
         self._lock = Lock()
         self._ray_link: RayLink | None = None
         self._waiting: list[tuple[Callable[[RayLink], RayReply], Future[Reply]]] = []
-        self._under_way = 0  # messages that Ray carries now
+        self._by_ray_before: list[weakref.ref[Reply]] = []  # replies of messages that Ray carries, or has carried
 
     def send(self, message: bytes, extra: Sequence[Any] = (), urgency: Urgency = Urgency.NOW) -> Reply:
-        if not extra and len(message) <= LONGEST and not self._under_way:
+        if not extra and len(message) <= LONGEST and not (self._by_ray_before and self._ray_carries()):
             return self.transmit(CALL, message, urgency)
         # What follows on a message by Ray goes that way too until that is answered: it would overtake it on the socket.
         self.flush()
         reply = self._by_ray(lambda link: link.send(message, extra))
         with self._lock:
-            self._under_way += 1
-        reply.on_done(self._one_done)
+            self._by_ray_before.append(weakref.ref(reply))
         return reply
+
+    def _ray_carries(self) -> bool:
+        """Does Ray carry a message now? Looked at when another is sent: to be told of each answer would cost a hop between threads."""
+        with self._lock:
+            before = [(kept, kept()) for kept in self._by_ray_before]
+            self._by_ray_before = [kept for kept, reply in before if reply is not None and not reply.done]
+            return bool(self._by_ray_before)
 
     def pull(self, message: bytes, items: int) -> Reply:
         return self.transmit(CALL, message, answers=items)
-
-    def _one_done(self, _: Reply) -> None:
-        with self._lock:
-            self._under_way -= 1
 
     def fetch(self, parcel: str) -> Reply:
         return self._by_ray(lambda link: link.fetch(parcel))
