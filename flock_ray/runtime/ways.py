@@ -7,11 +7,9 @@ arguments and as results. The host keeps each caller's order whatever way its me
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import ssl
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -25,14 +23,12 @@ from flock_ray.runtime import cluster
 from flock_ray.runtime.courier import Courier
 from flock_ray.runtime.links import Link, NestLink, RayLink, RayLinks, RayReply
 from flock_ray.runtime.listener import NEST_SOCKET
-from flock_ray.runtime.replies import Down, NoAnswer, Raw, Reply, Urgency, answer_of
+from flock_ray.runtime.replies import Down, NoAnswer, Raw, Reply, Urgency
 from flock_ray.runtime.sockets import SocketLink
 from flock_ray.runtime.tls import contexts
 from flock_ray.specs import Route
 
 AGAIN = 30.0  # seconds until a node that no socket reached is tried again
-NO_HURRY = 0.5  # seconds before the actor of one more host is looked for: it costs the head a request
-_PING = wire.encode(wire.Withdraw("", 0))
 
 
 class LaterReply:
@@ -117,10 +113,6 @@ class DirectLink(SocketLink):
     def pull(self, message: bytes, items: int) -> Reply:
         return self.transmit(CALL, message, answers=items)
 
-    def find_actor(self) -> Reply:
-        """Has Ray find the host's actor, and use it once."""
-        return self._by_ray(lambda link: link.control(_PING))
-
     def fetch(self, parcel: str) -> Reply:
         return self._by_ray(lambda link: link.fetch(parcel))
 
@@ -188,8 +180,6 @@ class Ways(RayLinks):
         self._direct: dict[str, DirectLink] = {}
         self._unreached: dict[str, float] = {}  # until when no socket to a node is tried
         self._making: dict[str, Lock] = {}
-        self._new: deque[weakref.ref[DirectLink]] = deque()  # whose actors are to be found
-        self._finding = False  # changed on the courier only
         tls = contexts()
         self._tls = tls[1] if tls is not None else None
 
@@ -248,27 +238,7 @@ class Ways(RayLinks):
             return self.ray_host(route)
         self._direct = {name: kept for name, kept in self._direct.items() if not kept.lost()}
         self._direct[route.host] = made
-        self._new.append(weakref.ref(made))
-        self._courier.post(self._find_actors)
         return made
-
-    def _find_actors(self) -> None:
-        if not self._finding:
-            self._finding = True
-            self._courier.spawn(self._find_each())
-
-    async def _find_each(self) -> None:
-        """Finds the actors of the hosts that are called over sockets, one after the other and in no hurry.
-
-        What a socket does not carry needs them, and Ray finds none that a process has not used while the head cannot be reached (C6).
-        """
-        while self._new:
-            await asyncio.sleep(NO_HURRY)
-            link = self._new.popleft()()
-            if link is not None and not link.lost():
-                with contextlib.suppress(Exception):  # it is found when it is needed, or its host has gone
-                    await answer_of(link.find_actor(), None)
-        self._finding = False
 
     def _connect(self, route: Route) -> DirectLink | None:
         """A new connection; `None` if there is no way for one. Raises `ConnectionRefusedError` if nobody listens there."""

@@ -311,8 +311,6 @@ def test_what_callers_do_needs_no_head(flyground, name):
     others = [flock_ray.start((name, n), Scribe) for n in range(4)]
     flock_ray.wait([known, *others])
     assert known.echo(1) == 1
-    eventually(lambda: way_to(known)._ray_link is not None, "Ray has found its actor")
-    time.sleep(0.5)  # and it was used
     gcs = flyground.cluster.head_node.all_processes["gcs_server"][0].process.pid
     os.kill(gcs, signal.SIGSTOP)
     outcome = {}
@@ -320,8 +318,6 @@ def test_what_callers_do_needs_no_head(flyground, name):
     def work():
         try:
             assert known.echo(2) == 2
-            assert known.text(3_000_000) == "x" * 3_000_000, "a long answer, by Ray"
-            assert known.echo(np.ones(500_000)).sum() == 500_000, "a large argument, by Ray"
             fresh_client()
             assert known.echo(3) == 3
             for n, bird in enumerate(others):  # never called before: their hosts have to be found
