@@ -6,6 +6,7 @@ Authentication is chosen by the environment (`RAY_AUTH_MODE`), before Ray is imp
 from __future__ import annotations
 
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 import flock_ray
+from flock_ray.runtime import cluster
 
 DEADLINE = 60.0
 WIRE = os.environ.get("FLOCK_RAY_TEST_WIRE", "auto")  # scripts/test runs these tests over sockets, and over Ray
@@ -31,6 +33,14 @@ def eventually(condition: Callable[[], Any], what: str, deadline: float = DEADLI
             return value
         time.sleep(0.05)  # between looks at the condition
     raise AssertionError(f"not within {deadline:g} s: {what}; last seen {value!r}")
+
+
+def views() -> set[int]:
+    """How many nests each nest has in its view."""
+    record = cluster.flock_life("default")
+    query = pickle.dumps(("nests",))
+    asked = [cluster.nest_handle(record.life, nest.node_id).read.remote(query) for nest in flock_ray.nests()]
+    return {len(pickle.loads(view)) for view in ray.get(asked, timeout=DEADLINE)}
 
 
 class Flyground:
@@ -65,7 +75,9 @@ def flyground(request: pytest.FixtureRequest) -> Iterator[Flyground]:
     ground = Flyground(getattr(request.module, "NODES", 3), **getattr(request.module, "NODE_ARGS", {}))
     try:
         flock_ray.init(**{"wire": WIRE, **getattr(request.module, "SETTINGS", {})})
-        eventually(lambda: len(flock_ray.nests()) == getattr(request.module, "NODES", 3), "a nest on every node in the view")
+        nodes = getattr(request.module, "NODES", 3)
+        eventually(lambda: len(flock_ray.nests()) == nodes, "a nest on every node in the view")
+        eventually(lambda: views() == {nodes}, "and in every nest's: one that adopts it later moves birds then")
         yield ground
     finally:
         ground.close()
