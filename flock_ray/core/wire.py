@@ -140,6 +140,14 @@ def encode_items(answers: Sequence[bytes]) -> bytes:
     return b"".join((ITEMS, _LENGTH.pack(len(items)), *[_LENGTH.pack(len(item)) for item in items], *items))
 
 
+def count_items(answer: bytes) -> int:
+    """How many items an answer to a `Pull` brings, of those that the pull asked for; one that brings none takes the place of one."""
+    if not answer.startswith(ITEMS):
+        return 1
+    (count,) = _LENGTH.unpack_from(answer, len(ITEMS))
+    return int(count)
+
+
 def decode_items(answer: bytes) -> list[memoryview]:
     """The pickled items of an `"item"` or `"items"`; of any other answer, none."""
     if answer.startswith(ITEM):

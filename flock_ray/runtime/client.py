@@ -21,7 +21,6 @@ from flock_ray.runtime import inside, payload
 from flock_ray.runtime.asks import Asks
 from flock_ray.runtime.courier import Courier
 from flock_ray.runtime.deadlines import Deadlines
-from flock_ray.runtime.forks import in_child
 from flock_ray.runtime.lanes import Lane
 from flock_ray.runtime.links import Link, Links, RayLinks
 from flock_ray.runtime.pending import FOREVER, CallFuture, Default, Pending
@@ -281,7 +280,7 @@ class _Process:
 
 
 _process = _Process()
-in_child(_process.forked)
+os.register_at_fork(after_in_child=_process.forked)
 
 
 def client_of(flock: str) -> Client:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import socket
 import weakref
-from collections.abc import Callable
 
 _sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
 
@@ -20,15 +19,10 @@ def close_in_child(sock: socket.socket) -> None:
     _sockets.add(sock)
 
 
-def in_child(work: Callable[[], object]) -> None:
-    """Has this run first in every process that is forked from this one."""
-    os.register_at_fork(after_in_child=work)
-
-
 def _close() -> None:
     for sock in tuple(_sockets):
         with contextlib.suppress(OSError):
             sock.close()
 
 
-in_child(_close)
+os.register_at_fork(after_in_child=_close)

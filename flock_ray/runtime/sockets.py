@@ -28,8 +28,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flock_ray.core.connection import CONTROL, MAX_BODY, Connection, ProtocolError, frame
-from flock_ray.core.wire import decode_items
-from flock_ray.runtime.forks import close_in_child, in_child
+from flock_ray.core.wire import count_items
+from flock_ray.runtime.forks import close_in_child
 from flock_ray.runtime.listener import READ, keep_alive
 from flock_ray.runtime.replies import Down, NoAnswer, Raw, Urgency, also
 from flock_ray.runtime.spin import Spin
@@ -167,7 +167,7 @@ class WireItems(WireReply):
             self._down = down
             return
         self._came.append(raw)
-        self._left -= len(decode_items(raw.message)) or 1
+        self._left -= count_items(raw.message)
         if self._left > 0:
             self._link.expect(self)
 
@@ -580,7 +580,7 @@ class Reader:
 
 
 _reader = Reader()
-in_child(_reader.begin)  # its thread is not there, and its epoll is the parent's
+os.register_at_fork(after_in_child=_reader.begin)  # its thread is not there, and its epoll is the parent's
 
 
 def _connect(address: str, folder: Path, tls: ssl.SSLContext | None) -> socket.socket:

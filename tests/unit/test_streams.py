@@ -309,6 +309,18 @@ def test_items_are_copies_made_when_they_are_yielded(pair):
     assert list(pair.stream("grow")) == [[0], [0, 1], [0, 1, 2]]
 
 
+@pytest.mark.parametrize("items", [[b"one"], [b"", b"two", b"x" * 70_000], [b""] * 8])
+def test_items_of_one_frame_are_what_was_put_into_it(items):
+    answer = wire.encode_items([wire.ITEM + item for item in items])
+    assert wire.count_items(answer) == len(items)
+    assert [bytes(item) for item in wire.decode_items(answer)] == items
+
+
+def test_other_answers_take_the_place_of_one_item():
+    assert [wire.count_items(answer) for answer in (wire.ITEM + b"x", wire.END, wire.LATER, b"")] == [1, 1, 1, 1]
+    assert [wire.decode_items(answer) for answer in (wire.END, wire.LATER, b"")] == [[], [], []]
+
+
 def test_large_items_come_whole(pair):
     assert [int(item.sum()) for item in pair.stream("big")] == [0, 300_000, 600_000]
 
