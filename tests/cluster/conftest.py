@@ -35,12 +35,20 @@ def eventually(condition: Callable[[], Any], what: str, deadline: float = DEADLI
     raise AssertionError(f"not within {deadline:g} s: {what}; last seen {value!r}")
 
 
-def views() -> set[int]:
+def views(flock: flock_ray.Flock) -> set[int]:
     """How many nests each nest has in its view."""
-    record = cluster.flock_life("default")
+    record = cluster.flock_life(flock.name)
     query = pickle.dumps(("nests",))
-    asked = [cluster.nest_handle(record.life, nest.node_id).read.remote(query) for nest in flock_ray.nests()]
+    asked = [cluster.nest_handle(record.life, nest.node_id).read.remote(query) for nest in flock.nests()]
     return {len(pickle.loads(view)) for view in ray.get(asked, timeout=DEADLINE)}
+
+
+def init_whole(flock: flock_ray.Flock, **settings: Any) -> None:
+    """Starts a flock and waits until every node's nest has all others in its view: one that adopts it later moves birds then."""
+    flock.init(**{"wire": WIRE, **settings})
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    eventually(lambda: len(flock.nests()) == nodes, "a nest on every node in the view")
+    eventually(lambda: views(flock) == {nodes}, "and in every nest's")
 
 
 class Flyground:
@@ -74,10 +82,7 @@ def flyground(request: pytest.FixtureRequest) -> Iterator[Flyground]:
     """Three nodes of 2 CPUs; a module that wants others says `NODES = n`."""
     ground = Flyground(getattr(request.module, "NODES", 3), **getattr(request.module, "NODE_ARGS", {}))
     try:
-        flock_ray.init(**{"wire": WIRE, **getattr(request.module, "SETTINGS", {})})
-        nodes = getattr(request.module, "NODES", 3)
-        eventually(lambda: len(flock_ray.nests()) == nodes, "a nest on every node in the view")
-        eventually(lambda: views() == {nodes}, "and in every nest's: one that adopts it later moves birds then")
+        init_whole(flock_ray.Flock("default"), **getattr(request.module, "SETTINGS", {}))
         yield ground
     finally:
         ground.close()

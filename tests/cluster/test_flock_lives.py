@@ -17,12 +17,12 @@ import ray
 import flock_ray
 from flock_ray.core.ring import ring_from
 from tests.cluster import birds
-from tests.cluster.conftest import eventually
+from tests.cluster.conftest import eventually, init_whole
 
 
 def test_two_flocks_do_not_see_each_other(flyground, name):
     other = flock_ray.Flock("other")
-    other.init()
+    init_whole(other)
     try:
         flock_ray.start(name, birds.Counter, 1)
         other.start(name, birds.Counter, 2)
@@ -38,7 +38,7 @@ def test_two_flocks_do_not_see_each_other(flyground, name):
 def test_destroy_ends_every_bird_and_the_next_init_is_a_new_life(flyground, tmp_path):
     path = tmp_path / "witness"
     flock = flock_ray.Flock("short")
-    flock.init()
+    init_whole(flock)
     flock.start("w", birds.Witness, str(path))
     flock.wait("w", timeout=60)
     flock.destroy()
@@ -50,7 +50,7 @@ def test_destroy_ends_every_bird_and_the_next_init_is_a_new_life(flyground, tmp_
 
 def test_a_start_while_destroy_runs_is_refused(flyground, tmp_path):
     flock = flock_ray.Flock("ending")
-    flock.init()
+    init_whole(flock)
     flock.start("slow", birds.SlowToStop, str(tmp_path / "stopping"))
     flock.wait("slow", timeout=60)
     ending = threading.Thread(target=flock.destroy)
