@@ -44,6 +44,9 @@ class Config:
         mailbox: how many messages may wait for their turn at one bird. Past it a call waits for room within its timeout, and casts and
             futures raise `MailboxFull`. More takes bigger bursts, and memory of the bird's process. It counts what comes over sockets; over
             Ray only `send_window` bounds.
+        spares: how many hosts a nest keeps started ahead for each kind of birds that it hatched lately (with and without `async def`
+            methods, and by runtime_env). A bird takes one if it asks for no resources and leaves `max_concurrency` alone, and runs some
+            10 ms later instead of a second. Each costs the memory of an empty process.
         start_argument_limit: bytes of pickled arguments `start` takes: they are replicated to every node.
     """
 
@@ -68,11 +71,12 @@ class Config:
     ports: tuple[int, int] | None = None
     send_window: int = 10_000
     mailbox: int = 100_000
+    spares: int = 0
     start_argument_limit: int = 1_000_000
 
     def __post_init__(self) -> None:
         optional = {"call_timeout", "max_birds"}
-        may_be_zero = {"settle", "bootstrap_wait", "min_free_memory"}
+        may_be_zero = {"settle", "bootstrap_wait", "min_free_memory", "spares"}
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.name in _CHOICES:
@@ -87,7 +91,7 @@ class Config:
             elif not (value >= 0 if setting.name in may_be_zero else value > 0):
                 least = "at least 0" if setting.name in may_be_zero else "more than 0"
                 raise ValueError(f"{setting.name} must be {least}, not {value!r}")
-        for setting_name in ("moves_in_flight", "max_birds", "send_window", "mailbox", "start_argument_limit"):
+        for setting_name in ("moves_in_flight", "max_birds", "send_window", "mailbox", "spares", "start_argument_limit"):
             value = getattr(self, setting_name)
             if value is not None and not isinstance(value, int):
                 raise ValueError(f"{setting_name} must be a whole number, not {value!r}")

@@ -174,7 +174,12 @@ class Withdraw(NamedTuple):
 
 
 class HatchOrder(NamedTuple):
-    """Begin a life; answered by the event `LifeRunning` or `LifeCrashed`."""
+    """Begin a life; answered by the event `LifeRunning` or `LifeCrashed`.
+
+    Args:
+        job_id: the job, in hex, to whose driver the bird's output goes; empty: to every driver.
+        sys_path: the starter's, to import the bird's class from.
+    """
 
     flock: str
     name: Name
@@ -186,6 +191,12 @@ class HatchOrder(NamedTuple):
     crashes: int
     state: bytes | None
     has_state: bool
+    job_id: str = ""
+    sys_path: tuple[str, ...] = ()
+
+
+class LeaveOrder(NamedTuple):
+    """A spare is not wanted any more."""
 
 
 class EndOrder(NamedTuple):

@@ -21,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,7 @@ from flock_ray.core.wire import (
     HatchOrder,
     HostReport,
     HostUp,
+    LeaveOrder,
     LifeEnded,
     RaiseOrder,
     Refused,
@@ -75,8 +77,6 @@ class HostBoot:
         flock, flock_life: whose it is.
         nest_grace: seconds a bird may run without a nest (`Config.nest_grace`).
         directory: a folder of the session, owner-only, for `<pid>.json`.
-        job_id: the job, in hex, to whose driver the bird's output goes; empty: to every driver.
-        sys_path: the starter's, to import the bird's class from.
         nest_pid: the process of the nest that creates it.
         nest: that nest's life, for records handed over before another has said Welcome.
         mailbox: `Config.mailbox`.
@@ -89,8 +89,6 @@ class HostBoot:
     flock_life: str
     nest_grace: float
     directory: str
-    job_id: str
-    sys_path: tuple[str, ...]
     nest_pid: int
     nest: Life | None = None
     mailbox: int = 1
@@ -126,6 +124,7 @@ class Host:
         self._leave_process = leave
         self._lock = threading.Lock()
         self._life: HostedLife | None = None
+        self.ordered: Future[HatchOrder | None] = Future()  # what a spare waits for; None: nothing comes any more
         self._never: deque[tuple[Dot, int]] = deque(maxlen=64)  # lives that were to end before they began; a host has one
         self._leaving = False
         self._ip = ip
@@ -142,13 +141,14 @@ class Host:
 
     # What nests order
 
-    def accept(self, order: bytes, make: Callable[[HatchOrder, Host], HostedLife]) -> HostedLife | None:
-        """The life to hatch, of a pickled `HatchOrder`; `None` if it must not be."""
-        head: HatchOrder = pickle.loads(order)
-        for path in self.boot.sys_path:
+    def accept(self, head: HatchOrder | None, make: Callable[[HatchOrder, Host], HostedLife]) -> HostedLife | None:
+        """The life to hatch; `None` if it must not be."""
+        if head is None:
+            return None
+        for path in head.sys_path:
             if path not in sys.path:
                 sys.path.append(path)
-        label_output(head.name, self.boot.job_id)
+        label_output(head.name, head.job_id)
         with self._lock:
             if self._life is not None or (head.dot, head.born) in self._never:
                 return None
@@ -160,6 +160,11 @@ class Host:
         head = decode(message)[0]
         life = self._life
         match head:
+            case HatchOrder():
+                self._be_ordered(head)
+            case LeaveOrder():
+                self._be_ordered(None)
+                self._end_process_in(0.0)
             case EndOrder():
                 self._end(head)
             case ForgetOrder():
@@ -175,6 +180,11 @@ class Host:
             case _:
                 log.error("a host got %r, which is no order", head)
         return b""
+
+    def _be_ordered(self, order: HatchOrder | None) -> None:
+        with self._lock:
+            if not self.ordered.done():
+                self.ordered.set_result(order)
 
     def _end(self, order: EndOrder) -> None:
         with self._lock:

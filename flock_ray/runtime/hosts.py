@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import ray
@@ -32,9 +32,11 @@ from flock_ray.runtime.host import HostBoot
 from flock_ray.runtime.listener import socket_path
 from flock_ray.runtime.peers import Wires
 from flock_ray.runtime.tether import started
-from flock_ray.specs import Dot, Life, Name, Spec
+from flock_ray.specs import Dot, Life, Name, Options, Spec
 
 InThread = Callable[..., Awaitable[Any]]
+FILL = 1.0  # seconds until a spare that was taken is replaced: its bird starts first
+KINDS = 4  # of spares that are kept
 FAREWELL = 15.0  # seconds within which a host that keeps nothing ends by itself, or is killed
 
 
@@ -43,13 +45,25 @@ def surroundings(spec: Spec) -> dict[str, Any]:
     return dict(json.loads(spec.runtime_env)) if spec.runtime_env else {}
 
 
+class Kind(NamedTuple):
+    """What a spare must be like to be a bird's host: its process cannot become another."""
+
+    env: str  # the runtime_env, as Ray serialises it
+    is_async: bool
+
+    @classmethod
+    def of(cls, spec: Spec) -> Kind:
+        brought = surroundings(spec)
+        return cls(str(brought.get("env") or ""), bool(brought.get("async")))
+
+
 @dataclass(slots=True)
 class Process:
-    """A host's process as its nest knows it."""
+    """A host's process as its nest knows it; without a dot it is a spare."""
 
     host: str
-    dot: Dot
-    born: int
+    dot: Dot | None = None
+    born: int = 0
     handle: ActorHandle[Any] | None = None
     pid: int = 0
     pidfd: int = -1
@@ -87,6 +101,8 @@ class Hosts:
         self._processes: dict[tuple[Dot, int], Process] = {}
         self._by_host: dict[str, Process] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._keeps_spares = record.config.spares > 0
+        self._spares: dict[Kind, list[Process]] = {}  # by what birds were like lately, the latest last
         self._reports: dict[str, wire.HostReport] = {}
         self._expected: set[str] = set()
         self._reported = asyncio.Event()
@@ -96,39 +112,46 @@ class Hosts:
     # Orders
 
     def hatch(self, effect: do.Hatch) -> None:
-        is_async = bool(surroundings(effect.spec).get("async"))
-        name = f"{'async:' if is_async else ''}host:{self._record.life}:{self._node[:8]}:{uuid.uuid4().hex[:10]}"
-        process = Process(name, effect.dot, effect.born)
-        self._processes[effect.dot, effect.born] = self._by_host[name] = process
-        self._task(self._start(process, effect, is_async))
+        kind, brought = Kind.of(effect.spec), surroundings(effect.spec)
+        order = wire.HatchOrder(
+            self._record.flock, effect.name, effect.dot, effect.born, effect.spec, effect.code, effect.restarts, effect.crashes,
+            effect.state, effect.has_state, str(brought.get("job", "")), tuple(brought.get("path", ())),
+        )  # fmt: skip
+        spare = self._spare_for(kind, effect.spec.options)
+        process = spare or self._new(kind)
+        process.dot, process.born = effect.dot, effect.born
+        self._processes[effect.dot, effect.born] = process
+        if spare is not None:
+            self._order(spare, order)
+        else:
+            self._task(self._start(process, kind, effect.spec.options, order))
 
-    async def _start(self, process: Process, effect: do.Hatch, is_async: bool) -> None:
-        brought = surroundings(effect.spec)
+    def _new(self, kind: Kind) -> Process:
+        name = f"{'async:' if kind.is_async else ''}host:{self._record.life}:{self._node[:8]}:{uuid.uuid4().hex[:10]}"
+        process = self._by_host[name] = Process(name)
+        return process
+
+    async def _start(self, process: Process, kind: Kind, options: Options, order: wire.HatchOrder | None) -> None:
+        """Starts a host's process; without an order it waits for one."""
         boot = HostBoot(
             host=process.host,
             flock=self._record.flock,
             flock_life=self._record.life,
             nest_grace=self._record.config.nest_grace,
             directory=str(self._directory),
-            job_id=str(brought.get("job", "")),
-            sys_path=tuple(brought.get("path", ())),
             nest_pid=os.getpid(),
             nest=self.life,
             mailbox=self._record.config.mailbox,
             secret=self._record.secret if self._record.config.wire == "auto" else b"",
             ports=self._record.config.ports,
         )
-        order = wire.HatchOrder(
-            self._record.flock, effect.name, effect.dot, effect.born, effect.spec, effect.code,
-            effect.restarts, effect.crashes, effect.state, effect.has_state,
-        )  # fmt: skip
         try:
-            packed = pickle.dumps(boot)
-            options, env = effect.spec.options, brought.get("env")
-            process.handle = await self._in_thread(cluster.start_host, process.host, packed, self._nest, self._node, options, is_async, env)
+            process.handle = await self._in_thread(
+                cluster.start_host, process.host, pickle.dumps(boot), self._nest, self._node, options, kind.is_async, kind.env
+            )
             if process.killed_for:
                 await self._in_thread(ray.kill, process.handle)
-            await process.handle.hatch.remote(pickle.dumps(order))
+            await process.handle.hatch.remote(pickle.dumps(order) if order is not None else b"")
         except Exception as error:  # Ray's many, and what a user's options may do to it: the life has not begun, or may not go on unwatched
             if process.over:
                 return
@@ -136,6 +159,52 @@ class Hosts:
                 self._died(process, str(error))
             else:
                 self._kill(process, str(error))
+
+    # Spares
+
+    def begin_spares(self) -> None:
+        """Has the first ones started, of the most common kind."""
+        self._later_fill(Kind("", False))
+
+    def _spare_for(self, kind: Kind, options: Options) -> Process | None:
+        """A spare that can be this bird's host, if there is one; and has more of its kind started."""
+        if options.demand or options.max_concurrency != Options().max_concurrency:
+            return None  # what Ray is told when it starts the process
+        known = [spare for spare in self._spares.get(kind, ()) if spare.handle is not None]
+        self._later_fill(kind)
+        if not known:
+            return None
+        spare = max(known, key=lambda spare: spare.pid > 0)  # one that is up; else one that is starting, which is sooner than another
+        self._spares[kind].remove(spare)
+        return spare
+
+    def _later_fill(self, kind: Kind) -> None:
+        """Has the spares of a kind started, but first those birds that are starting now."""
+        if not self._keeps_spares:
+            return
+        self._spares[kind] = self._spares.pop(kind, [])
+        while len(self._spares) > KINDS:
+            for spare in self._spares.pop(next(iter(self._spares))):
+                self._dismiss(spare)
+        asyncio.get_running_loop().call_later(FILL, self._fill, kind)
+
+    def _fill(self, kind: Kind) -> None:
+        spares = self._spares.get(kind)
+        while self._keeps_spares and spares is not None and len(spares) < self._record.config.spares and not self._is_memory_low():
+            spare = self._new(kind)
+            spares.append(spare)
+            self._task(self._start(spare, kind, Options(), None))
+
+    def _is_memory_low(self) -> bool:
+        memory = psutil.virtual_memory()
+        return bool(memory.available < self._record.config.min_free_memory * memory.total)
+
+    def _dismiss(self, spare: Process) -> None:
+        if spare.pid:
+            self._order(spare, wire.LeaveOrder())
+            asyncio.get_running_loop().call_later(FAREWELL, self._kill, spare, "it was a spare that is not wanted any more")
+        else:
+            self._kill(spare, "it was a spare that is not wanted any more")
 
     def end(self, effect: do.EndLife) -> None:
         process = self._processes.get((effect.dot, effect.born))
@@ -191,8 +260,12 @@ class Hosts:
 
     async def end_all(self, reason: str, timeout: float) -> None:
         """Ends every life in good order, and every process within the timeout (seconds)."""
-        for process in list(self._processes.values()):
-            self._order(process, wire.EndOrder(process.dot, process.born, reason, False, timeout))
+        self._keeps_spares = False
+        for spare in [spare for spares in self._spares.values() for spare in spares]:
+            self._dismiss(spare)
+        self._spares.clear()
+        for dot, born in list(self._processes):
+            self._order(self._processes[dot, born], wire.EndOrder(dot, born, reason, False, timeout))
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout
         while any(not process.over for process in self._processes.values()) and loop.time() < end:
@@ -203,9 +276,9 @@ class Hosts:
             else:
                 self._kill(process, reason)
         end = loop.time() + FAREWELL / 5
-        while self._processes and loop.time() < end:
+        while self._by_host and loop.time() < end:
             await asyncio.sleep(0.02)
-        for process in list(self._processes.values()):
+        for process in list(self._by_host.values()):
             self._kill(process, reason)
 
     def clear_up(self) -> None:
@@ -259,9 +332,8 @@ class Hosts:
             self._kill(process, process.killed_for)
 
     def _died(self, process: Process, text: str) -> None:
-        if self._processes.pop((process.dot, process.born), None) is None:
+        if self._by_host.pop(process.host, None) is None:
             return
-        self._by_host.pop(process.host, None)
         self._wires.drop(process.host)
         if process.deadline is not None:
             process.deadline.cancel()
@@ -270,6 +342,12 @@ class Hosts:
             os.close(process.pidfd)
             process.pidfd = -1
             socket_path(self._directory, process.pid).unlink(missing_ok=True)
+        if process.dot is None:
+            for spares in self._spares.values():
+                if process in spares:
+                    spares.remove(process)  # the next bird of its kind has another started: one that cannot start is not tried in a loop
+            return
+        del self._processes[process.dot, process.born]
         if not process.over:
             self._tell(wire.LifeCrashed(process.dot, process.born, process.killed_for or text))
 

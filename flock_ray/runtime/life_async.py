@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import inspect
+import pickle
 import sys
 import weakref
 from collections import deque
@@ -226,7 +227,7 @@ class AsyncHost(Host):
 
     async def hatch(self, order: bytes) -> None:
         """As `SyncHost.hatch`, on the bird's event loop."""
-        life = self.accept(order, AsyncLife)
+        life = self.accept(pickle.loads(order) if order else await asyncio.wrap_future(self.ordered), AsyncLife)
         if isinstance(life, AsyncLife):
             self._loop = asyncio.get_running_loop()
             self._came: deque[tuple[Caller, int, Call | Pull, int, memoryview]] = deque()

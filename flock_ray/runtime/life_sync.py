@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -195,8 +196,8 @@ class SyncHost(Host):
     """The host of a bird without `async def` methods."""
 
     def hatch(self, order: bytes) -> None:
-        """Runs a `HatchOrder`; the nest hears how it went."""
-        life = self.accept(order, SyncLife)
+        """Runs a pickled `HatchOrder`, or, if that is empty, the one that comes; the nest hears how it went."""
+        life = self.accept(pickle.loads(order) if order else self.ordered.result(), SyncLife)
         if isinstance(life, SyncLife):
             self.listen(life.slots, self._call_frame)
             life.hatch()

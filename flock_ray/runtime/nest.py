@@ -123,6 +123,7 @@ class Nest:
         for crash in crashes:
             self._handle(crash)
         self._booted.set()
+        self._hosts.begin_spares()
         await self._in_thread(cluster.put_address, self._record.life, self._node, self._members.address)
         logger.info("nest %s of flock %r is up, with %d adopted birds", life, self._record.flock, len(adopted))
 

@@ -120,9 +120,9 @@ class Pair:
         self.nest = Nest()
         self.codes: list[int] = []
         host = f"async:{name}" if is_async else name
-        boot = HostBoot(host, "default", LIFE, 1e6, str(folder), "01", (), os.getpid(), Life("node", 1), mailbox, SECRET)
+        boot = HostBoot(host, "default", LIFE, 1e6, str(folder), os.getpid(), Life("node", 1), mailbox, SECRET)
         spec = Spec("m", "C", "digest", pickle.dumps(((), {})), Options(max_concurrency=slots), None, Stamp(0, 0), "r")
-        order = pickle.dumps(HatchOrder("default", "a", DOT, 1, spec, cloudpickle.dumps(cls), 0, 0, state, state is not None))
+        order = pickle.dumps(HatchOrder("default", "a", DOT, 1, spec, cloudpickle.dumps(cls), 0, 0, state, state is not None, "01"))
         self.loop: asyncio.AbstractEventLoop | None = None
         kind = AsyncHost if is_async else SyncHost
         self.host: Any = kind(boot, self.nest, "node", None, self.codes.append)

@@ -51,7 +51,7 @@ def test_what_is_no_number_or_below_zero_is_refused_by_name(setting: str, value:
 
 @pytest.mark.parametrize("setting", NUMBERS)
 def test_zero_is_refused_unless_it_means_something(setting: str) -> None:
-    if setting in ("settle", "bootstrap_wait", "min_free_memory"):
+    if setting in ("settle", "bootstrap_wait", "min_free_memory", "spares"):
         assert getattr(with_one(setting, 0), setting) == 0
     else:
         with pytest.raises(ValueError, match=f"^{setting} must be more than 0, not 0$"):

@@ -24,6 +24,7 @@ from flock_ray.core.wire import (
     HatchOrder,
     HostReport,
     HostUp,
+    LeaveOrder,
     LifeCrashed,
     LifeEnded,
     LifeExited,
@@ -39,8 +40,8 @@ from flock_ray.runtime import host as host_module
 from flock_ray.runtime import inside, tether
 from flock_ray.runtime.host import Host, HostBoot, name_records
 from flock_ray.runtime.life import describe, is_async, load_class
-from flock_ray.runtime.life_async import AsyncLife
-from flock_ray.runtime.life_sync import SyncLife
+from flock_ray.runtime.life_async import AsyncHost, AsyncLife
+from flock_ray.runtime.life_sync import SyncHost, SyncLife
 from flock_ray.runtime.mailbox import LoopOrder, ThreadOrder, Turns
 from flock_ray.runtime.payload import pack, unpack
 from flock_ray.runtime.tether import NestAwayError
@@ -100,8 +101,8 @@ class Bench:
     def __init__(self, directory, **boot):
         self.nest = FakeNest()
         self.ended = Ended()
-        given = {"nest_grace": 10.0, "sys_path": (), "nest_pid": os.getpid(), "nest": Life("node", 1), **boot}
-        self.boot = HostBoot("h1", "default", "life", directory=str(directory), job_id="01", **given)
+        given = {"nest_grace": 10.0, "nest_pid": os.getpid(), "nest": Life("node", 1), **boot}
+        self.boot = HostBoot("h1", "default", "life", directory=str(directory), **given)
         self.host = Host(self.boot, self.nest, "node", None, self.ended)
         self.counts = {}
 
@@ -110,11 +111,11 @@ class Bench:
         return HatchOrder("default", name, DOT, 1, spec, cloudpickle.dumps(cls), 0, 0, state, has_state)
 
     def hatch(self, cls, *args, **kwargs):
-        self.host.accept(pickle.dumps(self.order(cls, *args, **kwargs)), SyncLife).hatch()
+        self.host.accept(self.order(cls, *args, **kwargs), SyncLife).hatch()
         return self
 
     async def hatch_async(self, cls, *args, **kwargs):
-        await self.host.accept(pickle.dumps(self.order(cls, *args, **kwargs)), AsyncLife).hatch()
+        await self.host.accept(self.order(cls, *args, **kwargs), AsyncLife).hatch()
         return self
 
     def message(self, method, *args, caller="me", cast=False, order=None, stream=False, **kwargs):
@@ -258,6 +259,43 @@ def test_a_host_is_found_by_a_file_with_its_pid_and_start_time_until_it_ends(ben
         assert json.load(file) == {"pid": os.getpid(), "started": tether.started(os.getpid()), "host": "h1"}
     bench.host._exit(0)
     assert os.listdir(bench.boot.directory) == []
+
+
+@pytest.fixture
+def spare(bench):
+    """A host that waits for a bird, on a thread as Ray's."""
+    bench.host = SyncHost(bench.boot, bench.nest, "node", None, bench.ended)
+    threading.Thread(target=bench.host.hatch, args=(b"",), daemon=True).start()
+    return bench
+
+
+def test_a_spare_runs_the_bird_that_it_is_told_to(spare):
+    assert pickle.loads(spare.control(ReportOrder())) == HostUp("h1", os.getpid()), "it holds nothing"
+    spare.control(spare.order(Counter))
+    spare.hears(LifeRunning)
+    assert spare.call("add") == ("result", 1)
+    spare.control(spare.order(Parting))
+    assert spare.call("add") == ("result", 2), "and no other"
+
+
+def test_a_spare_that_is_not_wanted_ends(spare):
+    spare.control(LeaveOrder())
+    until(lambda: spare.ended.codes == [0], "the process ends")
+    spare.control(spare.order(Counter))
+    assert spare.host.life is None
+
+
+def test_a_spare_for_birds_with_async_methods_runs_one(bench):
+    async def main():
+        host = bench.host = AsyncHost(bench.boot, bench.nest, "node", None, bench.ended)
+        hatching = asyncio.create_task(host.hatch(b""))
+        await asyncio.sleep(0.05)
+        assert not hatching.done()
+        bench.control(bench.order(Swift))
+        await asyncio.wait_for(hatching, 5)
+        assert (await bench.acall("note", "a"))[0] == "result"
+
+    asyncio.run(main())
 
 
 def test_an_init_that_raises_is_a_crash_whose_text_ends_with_type_and_message(bench):
@@ -574,7 +612,7 @@ def test_an_order_to_end_is_answered_each_time(bench):
 def test_a_life_ended_before_it_began_is_never_begun(bench):
     bench.control(EndOrder(DOT, 1, "stopped", False, 30.0))
     assert bench.hears(LifeEnded) == LifeEnded(DOT, 1)
-    assert bench.host.accept(pickle.dumps(bench.order(Counter)), SyncLife) is None
+    assert bench.host.accept(bench.order(Counter), SyncLife) is None
 
 
 def test_an_on_stop_or_hand_over_that_raises_is_logged_and_nothing_is_handed_over(bench, caplog):
