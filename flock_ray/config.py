@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+_WHOLE = ("moves_in_flight", "max_birds", "send_window", "mailbox", "spares", "light_hosts", "light_threads", "start_argument_limit")
 _CHOICES = {"minority": ("run", "pause"), "wire": ("auto", "ray")}
 
 
@@ -47,6 +48,10 @@ class Config:
         spares: how many hosts a nest keeps started ahead for each kind of birds that it hatched lately (with and without `async def`
             methods, and by runtime_env). A bird takes one if it asks for no resources and leaves `max_concurrency` alone, and runs some
             10 ms later instead of a second. Each costs the memory of an empty process.
+        light_hosts: how many processes a node has for light birds of one runtime_env. More use more CPUs, and memory; they are started as
+            birds come. `None`: as many as it has CPUs.
+        light_threads: how many light birds of a process may run a method at a time; those that wait for a call of theirs do not count, nor
+            do `async def` methods. More lets more birds block, and costs memory; when all do, their neighbours wait.
         start_argument_limit: bytes of pickled arguments `start` takes: they are replicated to every node.
     """
 
@@ -72,10 +77,12 @@ class Config:
     send_window: int = 10_000
     mailbox: int = 100_000
     spares: int = 0
+    light_hosts: int | None = None
+    light_threads: int = 32
     start_argument_limit: int = 1_000_000
 
     def __post_init__(self) -> None:
-        optional = {"call_timeout", "max_birds"}
+        optional = {"call_timeout", "max_birds", "light_hosts"}
         may_be_zero = {"settle", "bootstrap_wait", "min_free_memory", "spares"}
         for setting in fields(self):
             value = getattr(self, setting.name)
@@ -91,7 +98,16 @@ class Config:
             elif not (value >= 0 if setting.name in may_be_zero else value > 0):
                 least = "at least 0" if setting.name in may_be_zero else "more than 0"
                 raise ValueError(f"{setting.name} must be {least}, not {value!r}")
-        for setting_name in ("moves_in_flight", "max_birds", "send_window", "mailbox", "spares", "start_argument_limit"):
+        for setting_name in (
+            "moves_in_flight",
+            "max_birds",
+            "send_window",
+            "mailbox",
+            "spares",
+            "light_hosts",
+            "light_threads",
+            "start_argument_limit",
+        ):
             value = getattr(self, setting_name)
             if value is not None and not isinstance(value, int):
                 raise ValueError(f"{setting_name} must be a whole number, not {value!r}")

@@ -6,9 +6,13 @@ specs are frozen and compared by class and arguments, never by code bytes (S5).
 
 from __future__ import annotations
 
+import json
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 Name: TypeAlias = "str | int | bytes | uuid.UUID | tuple[Name, ...]"
@@ -130,6 +134,11 @@ def interleaved(options: Options) -> int:
     return options.max_concurrency if options.max_concurrency > 1 else 1000
 
 
+@lru_cache(maxsize=256)
+def _brought(runtime_env: str) -> Mapping[str, Any]:
+    return MappingProxyType(json.loads(runtime_env))
+
+
 class Spec(NamedTuple):
     """What was asked for at `start`. `args` is the pickle of `(args, kwargs)`; no nest ever unpickles it (S5)."""
 
@@ -145,6 +154,16 @@ class Spec(NamedTuple):
     def same_bird(self, other: Spec) -> bool:
         """Do both ask for the same class with the same arguments? Code bytes are not compared (S5)."""
         return (self.module, self.qualname, self.args) == (other.module, other.qualname, other.args)
+
+    @property
+    def brought(self) -> Mapping[str, Any]:
+        """What the starter brought along: `env` (its runtime_env), `job`, `path`, and `async`."""
+        return _brought(self.runtime_env) if self.runtime_env else {}
+
+    @property
+    def is_async(self) -> bool:
+        """Does the class have `async def` methods?"""
+        return bool(self.brought.get("async"))
 
     def stamped(self, stamp: Stamp) -> Spec:
         return self._replace(stamp=stamp)
@@ -192,6 +211,7 @@ class Route(NamedTuple):
     node: str
     host: str
     address: str = ""  # where the host listens, besides Ray: `ip:port name of its Unix socket`
+    is_async: bool = False  # the bird has `async def` methods, and may be called back (C4)
 
 
 @dataclass(frozen=True, slots=True)

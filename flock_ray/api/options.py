@@ -68,8 +68,6 @@ def _checked(key: str, value: Any) -> Any:
     elif key in ("light", "moves"):
         if not isinstance(value, bool):
             _refuse(key, value, "True or False")
-        if key == "light" and value:
-            raise TypeError("light=True is not built yet: leave it out, and the bird gets a process of its own")
     elif key in ("max_restarts", "max_concurrency"):
         least = 0 if key == "max_restarts" else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -193,7 +191,11 @@ def resolve(cls: object, given: Mapping[str, Any]) -> tuple[type, Options, Mappi
     plain, remote = unwrap(cls)
     merged = {**remote, **getattr(plain, _DEFAULTS, {}), **given}
     runtime_env = merged.pop("runtime_env", None)
-    return plain, Options(**merged), cast("Mapping[str, Any] | None", runtime_env)
+    options = Options(**merged)
+    if options.light and options.demand:
+        text = f"a light bird shares its process, and cannot ask for {', '.join(what for what, _ in options.demand)}"
+        raise TypeError(f"{text}: leave light=True out, and it has a process of its own")
+    return plain, options, cast("Mapping[str, Any] | None", runtime_env)
 
 
 def methods(cls: type) -> Iterator[str]:

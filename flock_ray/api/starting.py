@@ -36,10 +36,15 @@ def make_spec(
         The spec, its stamp still to be set by the nest; and the pickled class.
 
     Raises:
-        TypeError: the class or an argument cannot be pickled, or an argument has an ObjectRef in it; names which.
+        TypeError: the class or an argument cannot be pickled, or an argument has an ObjectRef in it; names which. Or a light bird without
+            `async def` methods asks for `max_concurrency`.
         ValueError: the arguments are too large; names the largest.
     """
     plain, options, runtime_env = resolve(cls, given)
+    interleaves = is_async(plain)
+    if options.light and options.max_concurrency > 1 and not interleaves:
+        text = f"max_concurrency={options.max_concurrency} is for birds with async def methods, or with a process of their own"
+        raise TypeError(f"{text}: a light {plain.__qualname__} runs one method at a time")
     code = _pickled_class(plain)
     packed = _pickled_arguments(name, args, kwargs, limit)
     origin = cluster.origin()
@@ -47,7 +52,7 @@ def make_spec(
         "env": _merged(origin.runtime_env, runtime_env),
         "job": origin.job_id,
         "path": list(origin.sys_path),
-        "async": is_async(plain),
+        "async": interleaves,
     }
     spec = Spec(
         module=plain.__module__,

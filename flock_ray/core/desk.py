@@ -240,7 +240,7 @@ class Desk:
             text = f"bird {waiter.name!r} has failed; mend the cause, then restart it"
             self._finish(waiter, ev.Refused("BirdCrashed", text, waiter.name, status.error))
         elif status.state == "running" and status.life in nest.membership.view:
-            route = Route(waiter.name, dot, status.incarnation, status.life.node, status.host, status.address)
+            route = Route(waiter.name, dot, status.incarnation, status.life.node, status.host, status.address, record.spec.is_async)
             if waiter.avoid is None or (waiter.avoid.dot, waiter.avoid.host) != (dot, status.host):
                 self._finish(waiter, route)
             else:  # what we know may be old: ask those who may know better

@@ -44,6 +44,23 @@ class Booted:
 
 
 @dataclass(frozen=True, slots=True)
+class LifeLost:
+    """A light bird's process died, and not by its fault: it has not crashed, and is hatched again after `pause` seconds."""
+
+    dot: Dot
+    born: int
+    error: str
+    pause: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Evacuate:
+    """A process of light birds is about to be ended, for one in it does not return: these are its neighbours (H3)."""
+
+    lives: tuple[tuple[Dot, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class NodesListed:
     """Ray's node table: the nodes that are alive (M1)."""
 
@@ -143,7 +160,7 @@ class Cancel:
 
 Event: TypeAlias = (
     Booted | NodesListed | MemberAlive | MemberDead | NodeProbed | MemoryLow | Received | Tick | Start | Stop | Restart
-    | Locate | Cancel | LifeRunning | LifeCrashed | LifeExited | LifeEnded
+    | Locate | Cancel | LifeRunning | LifeCrashed | LifeExited | LifeEnded | LifeLost | Evacuate
 )  # fmt: skip
 
 

@@ -203,6 +203,12 @@ class Registry:
     def _on_LifeEnded(self, event: wire.LifeEnded) -> None:
         self.supervision.ended(event)
 
+    def _on_LifeLost(self, event: ev.LifeLost) -> None:
+        self.supervision.lost(event)
+
+    def _on_Evacuate(self, event: ev.Evacuate) -> None:
+        self.supervision.evacuate(event)
+
     # Looking at a name
 
     def _evaluate(self, name: Name) -> None:

@@ -153,6 +153,28 @@ class Supervision:
             return
         self._back_off(life, self._after_pause(life.crashes))
 
+    def lost(self, event: ev.LifeLost) -> None:
+        """Its process died with others' code running: nothing is counted against it."""
+        life = self._nest.holds.life(event.dot, event.born)
+        if life is None or life.phase is Phase.BACKOFF:
+            return
+        if life.phase is Phase.ENDING:
+            self._over(life, None, False)
+        elif life.spec.options.restart == "temporary":
+            self._left(life)
+        else:
+            life.error = event.error
+            life.restarts += 1
+            self._back_off(life, self._nest.now + event.pause)
+
+    def evacuate(self, event: ev.Evacuate) -> None:
+        """Moves lives into another process of this node, with what they hand over."""
+        for dot, born in event.lives:
+            life = self._nest.holds.life(dot, born)
+            if life is not None and life.phase in (Phase.STARTING, Phase.RUNNING):
+                life.restart_after = True
+                self.end(life, "moved", keep=True)
+
     def _was_healthy(self, life: BirdLife) -> bool:
         return life.phase is Phase.RUNNING and self._nest.now - life.running_since >= life.spec.options.healthy_after
 
@@ -220,6 +242,8 @@ class Supervision:
         self._nest.holds.end(life)
         if life.restart_after and self._nest.replica.record(life.name, life.dot) is not None:
             life.restart_after = False
+            if handed_over:
+                life.source = msg.Released(life.dot, life.incarnation, self._nest.me, state)
             self._nest.holds.begin(life)
             self._back_off(life, self._nest.now)
         elif life.keep and (handed_over or life.source is not None):

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import pickle
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flock_ray.specs import Dot, Life, Name, Spec
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from flock_ray.core.messages import Released
 
 HEADS = 4_096  # heads of calls that a host keeps
+ORDERS = 500  # to hatch, at a time
+LONG_ORDERS = 1_000_000  # bytes of arguments and states in them
 LONG_HEAD = 1_024  # bytes; those of longer chains are not kept
 
 _LENGTH = struct.Struct("!I")
@@ -168,6 +170,7 @@ class Withdraw(NamedTuple):
 
     caller: str
     order: int
+    dot: Dot | None = None
 
 
 # Nests to hosts
@@ -195,8 +198,36 @@ class HatchOrder(NamedTuple):
     sys_path: tuple[str, ...] = ()
 
 
+class HatchOrders(NamedTuple):
+    """Begin lives of light birds."""
+
+    orders: tuple[HatchOrder, ...]
+
+
+def chunks(orders: Iterable[HatchOrder]) -> Iterator[tuple[HatchOrder, ...]]:
+    """Parts of a long list that are sent one by one: a host reads none of its callers' messages while it reads one."""
+    chunk: list[HatchOrder] = []
+    size = 0
+    for order in orders:
+        long = len(order.spec.args) + len(order.state or b"")
+        if chunk and (len(chunk) >= ORDERS or size + long > LONG_ORDERS):
+            yield tuple(chunk)
+            chunk, size = [], 0
+        chunk.append(order)
+        size += long
+    if chunk:
+        yield tuple(chunk)
+
+
 class LeaveOrder(NamedTuple):
-    """A spare is not wanted any more."""
+    """A host that holds nothing is not wanted any more."""
+
+
+class EndAllOrder(NamedTuple):
+    """End all lives in good order; each is answered as an `EndOrder` is."""
+
+    reason: str
+    timeout: float
 
 
 class EndOrder(NamedTuple):
@@ -241,12 +272,9 @@ class ForNest(NamedTuple):
 # Hosts to nests
 
 
-class HostReport(NamedTuple):
-    """What a host holds: at most one of a life and a record, or an exit."""
+class LifeReport(NamedTuple):
+    """What a host holds of a dot: a life, a record, or an exit."""
 
-    host: str
-    address: str
-    pid: int
     name: Name
     dot: Dot
     spec: Spec
@@ -258,6 +286,21 @@ class HostReport(NamedTuple):
     state: str  # "starting", "running", "released", "exited", "crashed"
     record: Released | None = None
     error: str = ""
+
+
+class HostReport(NamedTuple):
+    """What a host holds: of light birds many, else at most one."""
+
+    host: str
+    address: str
+    pid: int
+    lives: tuple[LifeReport, ...]
+
+
+class Words(NamedTuple):
+    """What a host says at once, in order."""
+
+    words: tuple[object, ...]
 
 
 class HostUp(NamedTuple):
@@ -280,7 +323,7 @@ class LifeRunning(NamedTuple):
 
 
 class LifeCrashed(NamedTuple):
-    """A life ended of itself: `__init__` raised, it crashed, its process died."""
+    """A life ended of itself: `__init__` raised, it crashed, its process died (and if it shared it, while its code ran)."""
 
     dot: Dot
     born: int

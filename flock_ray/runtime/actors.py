@@ -72,8 +72,28 @@ class HostActor:
         return self._host.fetch(parcel)
 
 
-class AsyncHostActor:
-    """The host of a bird with `async def` methods. Its default group has an event loop of its own, on which the bird lives."""
+class _OnALoop:
+    """The host of birds of which some have `async def` methods. Its default group has an event loop of its own, on which they live."""
+
+    _host: Any
+
+    async def hatch(self, order: bytes) -> None:
+        await self._host.hatch(order)
+
+    async def call(self, message: bytes, *extra: Any) -> Response:
+        return await self._host.call(message, extra)  # type: ignore[no-any-return]  # the host's own signature
+
+    @ray.method(concurrency_group="ctl")
+    async def control(self, message: bytes) -> bytes:
+        return self._host.control(message)  # type: ignore[no-any-return]  # as above
+
+    @ray.method(concurrency_group="ctl")
+    async def fetch(self, parcel: str) -> Response:
+        return self._host.fetch(parcel)  # type: ignore[no-any-return]  # as above
+
+
+class AsyncHostActor(_OnALoop):
+    """The host of a bird with `async def` methods."""
 
     def __init__(self, boot: bytes, nest: Any) -> None:
         from flock_ray.runtime.host import start
@@ -81,16 +101,12 @@ class AsyncHostActor:
 
         self._host = start(AsyncHost, boot, nest)
 
-    async def hatch(self, order: bytes) -> None:
-        await self._host.hatch(order)
 
-    async def call(self, message: bytes, *extra: Any) -> Response:
-        return await self._host.call(message, extra)
+class LightHostActor(_OnALoop):
+    """The host of light birds."""
 
-    @ray.method(concurrency_group="ctl")
-    async def control(self, message: bytes) -> bytes:
-        return self._host.control(message)
+    def __init__(self, boot: bytes, nest: Any) -> None:
+        from flock_ray.runtime.host import start
+        from flock_ray.runtime.life_light import LightHost
 
-    @ray.method(concurrency_group="ctl")
-    async def fetch(self, parcel: str) -> Response:
-        return self._host.fetch(parcel)
+        self._host = start(LightHost, boot, nest)

@@ -22,7 +22,7 @@ from flock_ray.runtime.asks import Asks
 from flock_ray.runtime.courier import Courier
 from flock_ray.runtime.deadlines import Deadlines
 from flock_ray.runtime.lanes import Lane
-from flock_ray.runtime.links import Link, Links, RayLinks
+from flock_ray.runtime.links import Link, Links, RayLinks, Way
 from flock_ray.runtime.pending import FOREVER, CallFuture, Default, Pending
 from flock_ray.runtime.replies import Urgency
 from flock_ray.runtime.streams import Stream
@@ -51,7 +51,7 @@ class Client:
         self._pid = os.getpid()
         self._process = uuid.uuid4().hex[:16]
         self._callers = itertools.count()
-        self._routes: dict[Name, tuple[Route, Link]] = {}
+        self._ways: dict[Name, Way] = {}
         self._here = threading.local()
         self._by_life: weakref.WeakKeyDictionary[Any, dict[Name, Lane]] = weakref.WeakKeyDictionary()
         self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
@@ -168,31 +168,32 @@ class Client:
                 self._lanes.add(lane)
         return lane
 
-    def known(self, name: Name) -> tuple[Route, Link] | None:
-        """The kept route of a name, if its host is not known to be gone."""
-        known = self._routes.get(name)
-        return None if known is None or known[1].lost() else known
+    def known(self, name: Name) -> Way | None:
+        """The kept way to a bird, if its host is not known to be gone."""
+        known = self._ways.get(name)
+        return None if known is None or known.lost() else known
 
     def path(self, name: Name) -> str | None:
         """By which way calls of a bird go."""
         known = self.known(name)
-        return None if known is None else known[1].path
+        return None if known is None else known.link.path
 
-    def learn(self, route: Route, link: Link) -> None:
-        if len(self._routes) >= ROUTES:
-            self._routes.pop(next(iter(self._routes)), None)
-        self._routes[route.name] = (route, link)
+    def learn(self, route: Route, link: Link) -> Way:
+        if len(self._ways) >= ROUTES:
+            self._ways.pop(next(iter(self._ways)), None)
+        way = self._ways[route.name] = Way(route, link)
+        return way
 
     def drop_route(self, route: Route) -> None:
-        known = self._routes.get(route.name)
-        if known is not None and known[0] == route:
-            self._routes.pop(route.name, None)
+        known = self._ways.get(route.name)
+        if known is not None and known.route == route:
+            self._ways.pop(route.name, None)
 
     def outdate(self, name: Name) -> None:
         """This process has stopped, restarted or started a bird: the way it knew is not used again, even if the host still answers."""
-        known = self._routes.pop(name, None)
+        known = self._ways.pop(name, None)
         if known is not None:
-            known[1].retire()
+            known.retire()
 
     def check_waiting(self, message: Pending) -> None:
         """Refuses to wait for a future where that would stop a bird for ever.
@@ -226,7 +227,7 @@ class Client:
 
     def forget(self) -> None:
         """Drops routes, handles and settings."""
-        self._routes.clear()
+        self._ways.clear()
         self._here = threading.local()
         self._by_life = weakref.WeakKeyDictionary()
         self.asks.forget()

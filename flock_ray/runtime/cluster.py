@@ -32,11 +32,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from flock_ray.config import Config
 from flock_ray.errors import FlockNotRunning
-from flock_ray.runtime.actors import AsyncHostActor, HostActor, NestActor
+from flock_ray.runtime.actors import AsyncHostActor, HostActor, LightHostActor, NestActor
 from flock_ray.specs import NodeRecord, Options, interleaved
 
 NAMESPACE = "flock_ray"
 PIN_SECONDS = 3600  # how long a runtime_env's package is kept after its last renewal
+CALLS_BY_RAY = 10_000  # that a host of light birds has under way at a time
 BOOT_SECONDS = 90.0  # a nest is a new process on a machine that may be busy
 _KV = b"flock_ray"
 _ACTOR_DEAD = 4  # Ray's ActorTableData.DEAD
@@ -370,16 +371,16 @@ def forget(flock: str) -> None:
 
 
 @cache
-def _host_class(is_async: bool) -> Any:
+def _host_class(is_async: bool, light: bool) -> Any:
     """The actor class of a host. Made once: Ray exports each one it is given, and every new process would fetch it anew."""
     make: Any = ray.remote
-    return make(concurrency_groups={"ctl": 2})(AsyncHostActor if is_async else HostActor)
+    return make(concurrency_groups={"ctl": 2})(LightHostActor if light else AsyncHostActor if is_async else HostActor)
 
 
 def start_host(
-    name: str, boot: bytes, nest: ActorHandle[Any], node: str, options: Options, is_async: bool, env: str | None
+    name: str, boot: bytes, nest: ActorHandle[Any], node: str, options: Options, is_async: bool, light: bool, env: str | None
 ) -> ActorHandle[Any]:
-    """Starts the process for one bird on a node, under the runtime_env of who started the bird (V3)."""
+    """Starts the process for one bird, or for light birds, on a node, under the runtime_env of who started the bird (V3)."""
     ray_options: dict[str, Any] = {
         "name": name,
         "namespace": NAMESPACE,
@@ -398,8 +399,8 @@ def start_host(
     if env:
         ray_options["runtime_env"] = json.loads(env)
     # An async actor's `max_concurrency` bounds what interleaves; a plain one's threads run methods side by side.
-    ray_options["max_concurrency"] = interleaved(options) if is_async else options.max_concurrency
-    cls = _host_class(is_async)
+    ray_options["max_concurrency"] = CALLS_BY_RAY if light else interleaved(options) if is_async else options.max_concurrency
+    cls = _host_class(is_async, light)
     handle: ActorHandle[Any] = cls.options(**ray_options).remote(boot, nest)
     return handle
 

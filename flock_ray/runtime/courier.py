@@ -14,6 +14,8 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from flock_ray.runtime import inside
+
 R = TypeVar("R")
 
 ROUND = 0.05  # seconds; more often takes the GIL from whoever sends (a third of the rate of futures, measured), less finds lost casts later
@@ -93,7 +95,8 @@ class Courier:
         """Runs a coroutine on the thread and waits for it; an interrupt here cancels it."""
         future = self.submit(work)
         try:
-            return future.result()
+            with inside.waiting():
+                return future.result()
         except BaseException:
             future.cancel()
             raise

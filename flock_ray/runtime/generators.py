@@ -12,7 +12,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
+
+from flock_ray.runtime.mailbox import Arrivals
 
 if TYPE_CHECKING:
     from flock_ray.runtime.listener import Caller
@@ -27,6 +30,7 @@ class Reading:
     """A generator that is being read.
 
     Args:
+        life: of the bird whose generator it is.
         call: that opened it: its caller, and its place in that caller's order.
         generator: of the bird's, sync or async.
         chain: of that call, for calls that the generator makes.
@@ -36,8 +40,16 @@ class Reading:
     """
 
     def __init__(
-        self, call: tuple[str, int], generator: Any, chain: tuple[tuple[str, Any], ...], method: str, what: str, connection: Caller | None
+        self,
+        life: Any,
+        call: tuple[str, int],
+        generator: Any,
+        chain: tuple[tuple[str, Any], ...],
+        method: str,
+        what: str,
+        connection: Caller | None,
     ) -> None:
+        self.life = life
         self.call = call
         self.generator = generator
         self.chain = chain
@@ -52,6 +64,9 @@ class Reading:
         self._answered = 0  # pulls that have been answered whole
         self._serves = False  # a thread serves a pull
         self._waiting: set[int] = set()  # pulls that have come too early
+        self.arrivals = Arrivals()  # of pulls; guarded by the host, as the next two, where birds are light
+        self.pulls: deque[tuple[int, Any]] = deque()  # items that are still wanted, and who takes them
+        self.is_served = False  # a turn for them is waited for, or taken
 
     def begin_pull(self, number: int, gap: float) -> None:
         """Waits until the pulls before it are answered. What is missing for `gap` seconds, while nothing else happens, is given up."""
@@ -73,7 +88,7 @@ class Reading:
 
 
 class Readings:
-    """The generators of a life that are being read. All methods may be called from any thread."""
+    """The generators in this process that are being read. All methods may be called from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -99,10 +114,14 @@ class Readings:
         with self._lock:
             return self._open.pop(call, None)
 
-    def pop_all(self) -> list[Reading]:
+    def pop_all(self, life: Any) -> list[Reading]:
+        """Those of a life, which ends."""
+        if not self._open:
+            return []
         with self._lock:
-            readings = list(self._open.values())
-            self._open.clear()
+            readings = [one for one in self._open.values() if one.life is life]
+            for one in readings:
+                del self._open[one.call]
         return readings
 
     def of(self, connection: Caller) -> list[Reading]:

@@ -19,8 +19,9 @@ import pickle
 import sys
 import threading
 import time
+import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,11 @@ from flock_ray.core.wire import (
     decode_call,
     encode,
 )
+from flock_ray.runtime.generators import Readings
 from flock_ray.runtime.inside import current
-from flock_ray.runtime.life import FULL, HostedLife, Response, State, refusal
+from flock_ray.runtime.life import FULL, HostedLife, Loaded, Response, State, refusal
 from flock_ray.runtime.listener import NEST_SOCKET, Answered, Answers, Caller, Listener, socket_path
+from flock_ray.runtime.mailbox import Lock
 from flock_ray.runtime.replies import Down, NoAnswer
 from flock_ray.runtime.sockets import SocketLink
 from flock_ray.runtime.tether import NestAwayError, PidFile, Reporter, Tether, ToNest
@@ -82,6 +85,7 @@ class HostBoot:
         mailbox: `Config.mailbox`.
         secret: the flock's, with which callers prove that they may call; empty: they call by Ray only.
         ports: `Config.ports`.
+        threads: `Config.light_threads`.
     """
 
     host: str
@@ -94,6 +98,7 @@ class HostBoot:
     mailbox: int = 1
     secret: bytes = b""
     ports: tuple[int, int] | None = None
+    threads: int = 1
 
 
 class Host:
@@ -122,8 +127,11 @@ class Host:
         self.scheduler = Scheduler()
         self._nest = boot.nest
         self._leave_process = leave
+        self.state_lock: Lock = threading.RLock()
+        self.readings = Readings()
+        self._classes: weakref.WeakValueDictionary[str, Loaded] = weakref.WeakValueDictionary()  # by digest, while a life is of them
         self._lock = threading.Lock()
-        self._life: HostedLife | None = None
+        self._lives: dict[Dot, HostedLife] = {}
         self.ordered: Future[HatchOrder | None] = Future()  # what a spare waits for; None: nothing comes any more
         self._never: deque[tuple[Dot, int]] = deque(maxlen=64)  # lives that were to end before they began; a host has one
         self._leaving = False
@@ -145,20 +153,17 @@ class Host:
         """The life to hatch; `None` if it must not be."""
         if head is None:
             return None
-        for path in head.sys_path:
-            if path not in sys.path:
-                sys.path.append(path)
+        extend_path(head.sys_path)
         label_output(head.name, head.job_id)
         with self._lock:
-            if self._life is not None or (head.dot, head.born) in self._never:
+            if self._lives or (head.dot, head.born) in self._never:
                 return None
-            self._life = make(head, self)
-        return self._life
+            life = self._lives[head.dot] = make(head, self)
+        return life
 
     def control(self, message: bytes | memoryview) -> bytes:
         """An order of a nest, or a caller's `Withdraw`; returns at once."""
         head = decode(message)[0]
-        life = self._life
         match head:
             case HatchOrder():
                 self._be_ordered(head)
@@ -170,12 +175,14 @@ class Host:
             case ForgetOrder():
                 self._forget(head.dot)
             case RaiseOrder():
-                if life is not None and (life.dot, life.born) == (head.dot, head.born):
+                life = self._lives.get(head.dot)
+                if life is not None and life.born == head.born:
                     life.incarnation = head.incarnation
             case ReportOrder():
                 return pickle.dumps(self._report() or HostUp(self.host, self.pid))
             case Withdraw():
-                if life is not None and head.caller:
+                life = self.life_of(head.dot) if head.dot is not None else None
+                if life is not None:
                     life.withdraw(head.caller, head.order)
             case _:
                 log.error("a host got %r, which is no order", head)
@@ -188,8 +195,8 @@ class Host:
 
     def _end(self, order: EndOrder) -> None:
         with self._lock:
-            life = self._life
-            here = life is not None and (life.dot, life.born) == (order.dot, order.born)
+            life = self._lives.get(order.dot)
+            here = life is not None and life.born == order.born
             if not here:
                 self._never.append((order.dot, order.born))
         if life is not None and here:
@@ -198,26 +205,27 @@ class Host:
             self.says(LifeEnded(order.dot, order.born))
 
     def _forget(self, dot: Dot) -> None:
-        life = self._life
+        life = self._lives.get(dot)
         # A life that runs is not meant: what it took over was a record of the same dot, and that one is forgotten.
-        if life is not None and life.dot == dot and life.state in (State.RELEASED, State.EXITED):
+        if life is not None and life.state in (State.RELEASED, State.EXITED):
             self._end_process_in(LINGER)
 
     # Callers that come without Ray
 
     def listen(self, slots: int, call: Callable[[Caller, int, memoryview], Answered]) -> None:
         """Opens the doors, if the flock uses any. Where that fails, callers come by Ray."""
+        if self.boot.secret:
+            self._make_listener(slots, call, socket_path(self.boot.directory, self.pid), self._ip)
+
+    def _make_listener(self, slots: int, call: Callable[[Caller, int, memoryview], Answered], path: Path | None, ip: str | None) -> None:
         boot = self.boot
-        if not boot.secret:
-            return
-        path = socket_path(boot.directory, self.pid)
         try:
             tls = contexts()
             self._listener = Listener(
                 boot.secret,
                 boot.flock_life,
                 path,
-                self._ip,
+                ip,
                 boot.ports,
                 slots,
                 boot.mailbox,
@@ -244,13 +252,14 @@ class Host:
         head, order, _ = decode_call(message)
         if not isinstance(head, Call):
             return None
-        if self._life is not None:
-            self._life.refuse_from(head.caller, order)
+        life = self._lives.get(head.dot)
+        if life is not None:
+            life.refuse_from(head.caller, order)
         return FULL
 
     def _gone(self, caller: Caller) -> None:
-        if self._life is not None:
-            self._life.close_streams_of(caller)
+        for reading in self.readings.of(caller):
+            reading.life.withdraw(*reading.call)
 
     def framed(self, response: Response) -> bytes:
         """A response as the body of a frame: what is too long, or has something beside it, waits here to be fetched by Ray."""
@@ -289,7 +298,12 @@ class Host:
 
     @property
     def life(self) -> HostedLife | None:
-        return self._life
+        """The one that is here, in a host of one."""
+        return next(iter(self._lives.values()), None)
+
+    def life_of(self, dot: Dot) -> HostedLife | None:
+        """Who is called by this dot."""
+        return self._lives.get(dot)
 
     @property
     def nest(self) -> Life:
@@ -297,6 +311,12 @@ class Host:
 
     def may_run(self) -> bool:
         return self._tether.check()
+
+    def loaded(self, order: HatchOrder) -> Loaded:
+        loaded = self._classes.get(order.spec.code)
+        if loaded is None:
+            loaded = self._classes[order.spec.code] = Loaded(order.code)
+        return loaded
 
     def says(self, word: object) -> None:
         self._reporter.say(word)
@@ -332,7 +352,8 @@ class Host:
         timer.start()
 
     def _die(self, reason: str) -> None:
-        log.warning("host %s of bird %r ends at once: %s", self.host, self._life.name if self._life else None, reason)
+        names = [life.name for life in itertools.islice(self._lives.values(), 8)]
+        log.warning("host %s of birds %r ends at once: %s", self.host, names, reason)
         self._exit(1)
 
     def _exit(self, code: int) -> None:
@@ -347,12 +368,16 @@ class Host:
         self._leave_process(code)
 
     def _orphaned(self) -> None:
-        if self._life is None:
+        if not self._lives:
             self._die("its nest has ended, and it holds nothing")
         self._reporter.wake()
 
     def _report(self) -> HostReport | None:
-        return self._life.report() if self._life is not None else None
+        lives = tuple(life.report() for life in self._held())
+        return HostReport(self.host, self.address, self.pid, lives) if lives else None
+
+    def _held(self) -> list[HostedLife]:
+        return list(self._lives.values())
 
     def _welcomed(self, nest: Life) -> None:
         self._nest = nest
@@ -423,6 +448,13 @@ def _leave(code: int) -> None:
         ray.get_runtime_context().current_actor.__ray_terminate__.remote()
         time.sleep(FAREWELL)
     os._exit(code)
+
+
+def extend_path(starters: Iterable[str]) -> None:
+    """Has classes imported from where their starter has them, too."""
+    for path in starters:
+        if path not in sys.path:
+            sys.path.append(path)
 
 
 def label_output(name: Name, job_id: str) -> None:

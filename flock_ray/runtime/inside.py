@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
@@ -48,6 +49,8 @@ class LifeHere(Protocol):
 
     @property
     def node_id(self) -> str: ...
+
+    def waiting(self) -> AbstractContextManager[None]: ...
 
     def send(self, seconds: float, every: bool, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry: ...
 
@@ -140,6 +143,12 @@ def current_chain() -> tuple[tuple[str, Name], ...]:
     """The birds that wait for the code that runs, outermost first, its own last, as (flock, name); empty outside a bird."""
     inside = current.get()
     return inside.chain if inside is not None else ()
+
+
+def waiting() -> AbstractContextManager[None]:
+    """While this thread waits for something of flock_ray's: a bird that does so has no use of its thread."""
+    inside = current.get()
+    return nullcontext() if inside is None else inside.life.waiting()
 
 
 def current_flock() -> str | None:

@@ -18,17 +18,16 @@ Rules kept here:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from flock_ray import errors
 from flock_ray.core import events as ev
 from flock_ray.core import wire
-from flock_ray.runtime.links import Link
+from flock_ray.runtime.links import Link, Way
 from flock_ray.runtime.pending import FOREVER, Opened, Pending, named_error, open_raw
 from flock_ray.runtime.replies import Down, NoAnswer, Reply, Urgency, answer_of
 from flock_ray.specs import Name, Route
@@ -43,13 +42,6 @@ HEADS = 256  # methods (and chains) of one bird whose heads a lane keeps
 A_FEW = 256  # messages
 FULL_PAUSE = 0.02  # seconds before a bird whose mailbox was full is tried again
 RETRY_PAUSE = 0.05  # seconds before a host that could not be reached is tried again
-
-
-class Way(NamedTuple):
-    """Where a lane's messages go."""
-
-    route: Route
-    link: Link
 
 
 _TURNED_AWAY = ("moved", "full")
@@ -134,9 +126,9 @@ class Lane:
             known = self.client.known(self.name)
             if known is None:
                 return None
-            self._connect(Way(*known))
+            self._connect(known)
         way = self._way
-        if way is None or way.link.lost():
+        if way is None or way.lost():
             return None
         return way if way.link.used_at == FOREVER or self.client.clock() - way.link.used_at < FRESH else None
 
@@ -158,7 +150,7 @@ class Lane:
             CallCycle: names the chain.
         """
         me = (self.client.flock, self.name)
-        if me in chain and self._way is not None and not self._way.route.host.startswith("async:"):
+        if me in chain and self._way is not None and not self._way.route.is_async:
             birds = " -> ".join(repr(name) for _, name in (*chain, me))
             text = f"the call would wait for itself: {birds}; use cast, or make the methods of {self.name!r} async def"
             raise errors.CallCycle(text, self.name)
@@ -173,7 +165,7 @@ class Lane:
             self._heads[kind] = head
         order = self._order
         message.fate = None
-        message.link = way.link
+        message.way = way
         message.reply = reply = way.link.send(wire.encode_call(head, order, message.body), message.extra, urgency)
         message.caller, message.order = self._caller, order
         self._sent[order] = message
@@ -222,9 +214,9 @@ class Lane:
     def _fetch(self, message: Pending, reply: Reply, parcel: str) -> None:
         """The answer itself comes by Ray."""
         with self.lock:
-            if message.reply is not reply or message.link is None:
+            if message.reply is not reply or message.way is None:
                 return
-            fetched = message.reply = message.link.fetch(parcel)
+            fetched = message.reply = message.way.link.fetch(parcel)
         if message.is_watched:
             message.watch(fetched)
 
@@ -253,10 +245,8 @@ class Lane:
                 del self._sent[message.order]
             elif message in self._queue:
                 self._queue.remove(message)
-            link = message.link
-        if (sent or message.begun) and link is not None:
-            with contextlib.suppress(Exception):  # it was only a favour
-                link.control(wire.encode(wire.Withdraw(message.caller, message.order)))
+        if sent or message.begun:
+            message.withdraw()
 
     def _forget_before(self, order: int) -> list[Reply]:
         """An answer that is no refusal: all that was sent before has begun, so it is never to be sent again for the order's sake.
@@ -326,7 +316,7 @@ class Lane:
         """Was the lane closed for no more than an old route, and does the route still answer?"""
         with self.lock:
             way = self._way
-            if way is None or any(message.fate is not None for message in self._sent.values()) or way.link.lost():
+            if way is None or any(message.fate is not None for message in self._sent.values()) or way.lost():
                 return False
         return await self._ping(way.link)
 
@@ -349,7 +339,7 @@ class Lane:
         while self._expects() and not self._flush(A_FEW):
             await asyncio.sleep(FULL_PAUSE)
             with self.lock:
-                if way.link.lost() or any(message.fate is not None for message in self._sent.values()):
+                if way.lost() or any(message.fate is not None for message in self._sent.values()):
                     return False
         return self._flush()
 
@@ -367,7 +357,7 @@ class Lane:
                     self._queue.extendleft(reversed(again))
                     self._sent.clear()
                     way, self._way = self._way, None
-                    full = self._full and not lost and way is not None and not way.link.lost()
+                    full = self._full and not lost and way is not None and not way.lost()
                     break
             try:
                 outcome: Opened | Exception = open_raw(await answer_of(reply, None))
@@ -404,7 +394,7 @@ class Lane:
                 message.reply = None
             elif not message.cast:
                 lost.append(message)
-        if self._way is not None and (refused or self._way.link.lost()):
+        if self._way is not None and (refused or self._way.lost()):
             self._avoid = self._way.route
         return again, lost
 
@@ -414,8 +404,8 @@ class Lane:
         insist_until = self.client.clock() + AVOID_SECONDS
         while self._expects():
             known = self.client.known(self.name)
-            if known is not None and known[0] != avoid:
-                route: Route | None = known[0]
+            if known is not None and known.route != avoid:
+                route: Route | None = known.route
             else:
                 route = await self._locate(avoid, insist_until)
             if route is None:
@@ -427,9 +417,9 @@ class Lane:
             except Down:
                 link = None
             if link is not None and (self.client.clock() - link.used_at < FRESH or await self._ping(link)):
-                self.client.learn(route, link)
+                way = self.client.learn(route, link)
                 with self.lock:
-                    self._connect(Way(route, link))
+                    self._connect(way)
                 return
             self.client.drop_route(route)
             avoid = route if link is None or link.lost() else None

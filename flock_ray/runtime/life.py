@@ -17,11 +17,10 @@ import functools
 import inspect
 import logging
 import pickle
-import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 from flock_ray.core.wire import (
@@ -32,10 +31,10 @@ from flock_ray.core.wire import (
     Call,
     EndOrder,
     HatchOrder,
-    HostReport,
     LifeCrashed,
     LifeEnded,
     LifeExited,
+    LifeReport,
     LifeRunning,
     Pull,
     decode,
@@ -50,11 +49,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from flock_ray.runtime.listener import Caller
+    from flock_ray.runtime.mailbox import Lock
     from flock_ray.runtime.timers import Entry, Scheduler
 
 log = logging.getLogger("flock_ray.bird")
 
-METHODS = 1_000  # whose refusals are kept, whatever names are asked for
 REMEMBERED = 10_000  # withdrawn calls that have not come to their turn, and callers who were told that there is no room
 
 MOVED = encode(Answer("moved"))
@@ -81,9 +80,13 @@ class Surroundings(Protocol):
     """The host, as its lives see it."""
 
     host: str
-    pid: int
     node_id: str
     scheduler: Scheduler
+    readings: Readings
+    state_lock: Lock  # guards changes of a life's state
+
+    def loaded(self, order: HatchOrder) -> Loaded:
+        """The class of a bird to be hatched; raises what its pickle does."""
 
     @property
     def nest(self) -> Life: ...
@@ -106,6 +109,16 @@ class Surroundings(Protocol):
 
     def over(self, life: HostedLife) -> None:
         """The life has ended, and the nest is being told."""
+
+
+class Loaded:
+    """A class as it was unpickled here, for all its birds in this process."""
+
+    __slots__ = ("__weakref__", "allowed", "cls")
+
+    def __init__(self, code: bytes) -> None:
+        self.cls = load_class(code)
+        self.allowed: set[tuple[str, bool]] = set()  # methods that were found to be callable, or readable as a stream
 
 
 def load_class(code: bytes) -> type:
@@ -137,7 +150,12 @@ def refusal(text: str, error: str) -> bytes:
 
 
 class HostedLife:
-    """What sync and async birds have in common."""
+    """What sync and async birds have in common. There may be a hundred thousand in a process: what most never need is made when it is."""
+
+    __slots__ = (
+        "__weakref__", "_crashes", "_end", "_handed_over", "_host", "_link", "_loaded", "_refused", "_withdrawn", "bird", "born", "dot",
+        "error", "flock", "incarnation", "name", "order", "state",
+    )  # fmt: skip
 
     def __init__(self, order: HatchOrder, host: Surroundings) -> None:
         self.order = order
@@ -149,15 +167,12 @@ class HostedLife:
         self.state = State.STARTING
         self.error = ""
         self.bird: Any = None
-        self._cls: type = object
+        self._loaded: Loaded | None = None
         self._host = host
         self._link = (order.flock, order.name)
         self._crashes = order.spec.options.on_error == "crash"
-        self._lock = threading.Lock()  # guards changes of `state`
-        self._methods: dict[tuple[str, bool], bytes | None] = {}  # the refusal of each that was ever asked for; None: it may be called
-        self._withdrawn: OrderedDict[tuple[str, int], None] = OrderedDict()
-        self._refused: OrderedDict[str, int] = OrderedDict()  # from which of a caller's messages on there was no room
-        self._readings = Readings()
+        self._withdrawn: OrderedDict[tuple[str, int], None] | None = None
+        self._refused: OrderedDict[str, int] | None = None  # from which of a caller's messages on there was no room
         self._end: EndOrder | None = None
         self._handed_over: tuple[bytes | None, bool] = (None, False)
 
@@ -165,15 +180,19 @@ class HostedLife:
     def node_id(self) -> str:
         return self._host.node_id
 
-    def report(self) -> HostReport:
+    def waiting(self) -> AbstractContextManager[None]:
+        """While a method of the bird waits for an answer."""
+        return nullcontext()
+
+    def report(self) -> LifeReport:
         """What is held here, for a nest that does not know it."""
         order, (state, handed_over) = self.order, self._handed_over
         from flock_ray.core.messages import Released  # here: a host that hands nothing over need not load it
 
         record = Released(self.dot, self.incarnation, self._host.nest, state) if handed_over else None
         said = State.RUNNING if self.state is State.ENDING else self.state
-        return HostReport(
-            self._host.host, self._host.address, self._host.pid, self.name, self.dot, order.spec, order.code, self.born, self.incarnation,
+        return LifeReport(
+            self.name, self.dot, order.spec, order.code, self.born, self.incarnation,
             order.restarts, order.crashes, said.value, record, self.error,
         )  # fmt: skip
 
@@ -185,9 +204,13 @@ class HostedLife:
 
     def _make(self) -> None:
         """Loads the class and runs `__init__`; raises what it raises."""
-        self._cls = load_class(self.order.code)
+        self._loaded = self._host.loaded(self.order)
         args, kwargs = pickle.loads(self.order.spec.args)
-        self.bird = self._cls(*args, **kwargs)
+        self.bird = self._loaded.cls(*args, **kwargs)
+
+    @property
+    def _cls(self) -> type:
+        return self._loaded.cls if self._loaded is not None else object
 
     def _state_to_take(self) -> Callable[[], Any] | None:
         """What is to be called with what an earlier life handed over."""
@@ -200,7 +223,7 @@ class HostedLife:
         return lambda: take_over(state)
 
     def _hatched(self) -> None:
-        with self._lock:
+        with self._host.state_lock:
             if self.state is not State.STARTING:
                 return  # it is to end already
             self.state = State.RUNNING
@@ -216,16 +239,20 @@ class HostedLife:
 
     def withdraw(self, caller: str, order: int) -> None:
         """A call that has not begun is not to be run; a stream that it has opened is closed."""
-        reading = self._readings.pop((caller, order))
+        reading = self._host.readings.pop((caller, order))
         if reading is not None:
             self._close_later(reading)
             return
+        if self._withdrawn is None:
+            self._withdrawn = OrderedDict()
         self._withdrawn[caller, order] = None
         if len(self._withdrawn) > REMEMBERED:
             self._withdrawn.popitem(last=False)
 
     def refuse_from(self, caller: str, order: int) -> None:
         """There was no room for a message, so all that its caller sent after it are refused: he sends them again, as another (C2)."""
+        if self._refused is None:
+            self._refused = OrderedDict()
         self._refused.setdefault(caller, order)
         if len(self._refused) > REMEMBERED:
             self._refused.popitem(last=False)
@@ -237,7 +264,7 @@ class HostedLife:
         return FULL if self._was_refused(head, order) else None
 
     def _was_refused(self, head: Call, order: int) -> bool:
-        return bool(self._refused) and order >= self._refused.get(head.caller, order + 1)
+        return self._refused is not None and order >= self._refused.get(head.caller, order + 1)
 
     def _turned_away(self, head: Call, order: int) -> bytes | None:
         """Why this call is not run, now that it is its turn."""
@@ -248,13 +275,12 @@ class HostedLife:
         if self._withdrawn and (head.caller, order) in self._withdrawn:
             del self._withdrawn[head.caller, order]
             return refusal(f"the call of {self._method_name(head.method)} was withdrawn before it began", "CallTimeout")
-        key = (head.method, head.stream)
-        try:
-            refused = self._methods[key]
-        except KeyError:
-            if len(self._methods) >= METHODS:
-                self._methods.clear()
-            refused = self._methods[key] = self._examine(*key)
+        loaded, key = self._loaded, (head.method, head.stream)
+        if loaded is not None and key in loaded.allowed:
+            return None
+        refused = self._examine(*key)
+        if refused is None and loaded is not None:
+            loaded.allowed.add(key)
         if refused is not None and head.cast:
             log.error("bird %r: a cast was refused: there is no method %r to run", self.name, head.method)
         return refused
@@ -347,17 +373,17 @@ class HostedLife:
         except BaseException as error:  # the arguments do not fit
             return self._raised(head, error)
         what = f"an item of {self._method_name(head.method)}"
-        reading = Reading((head.caller, order), generator, head.chain, head.method, what, connection)
-        for idle in self._readings.add(reading):
-            self._close_later(idle)
+        reading = Reading(self, (head.caller, order), generator, head.chain, head.method, what, connection)
+        for idle in self._host.readings.add(reading):
+            idle.life._close_later(idle)
         if connection is not None and connection.gone:
             self.withdraw(*reading.call)  # its caller left before it began
         return reading
 
     def _pulled(self, pull: Pull) -> Reading | None:
         """It is a pull's turn: what it reads, if that is still here."""
-        reading = self._readings.get((pull.caller, pull.order))
-        return reading if self.state is State.RUNNING and self._host.may_run() else None
+        reading = self._host.readings.get((pull.caller, pull.order))
+        return reading if reading is not None and reading.life is self and self.state is State.RUNNING and self._host.may_run() else None
 
     def _item(self, reading: Reading, item: object) -> Response:
         try:
@@ -369,7 +395,7 @@ class HostedLife:
 
     def _no_item(self, reading: Reading, error: BaseException) -> Response:
         """The answer to a pull whose generator has ended."""
-        self._readings.pop(reading.call)
+        self._host.readings.pop(reading.call)
         if isinstance(error, StopIteration | StopAsyncIteration):
             return END
         if isinstance(error, Leave):
@@ -379,11 +405,6 @@ class HostedLife:
         if self._crashes or not isinstance(error, ORDINARY):
             self._crash(text)
         return self._raised_answer(error, text)
-
-    def close_streams_of(self, connection: Caller) -> None:
-        """A caller has gone."""
-        for reading in self._readings.of(connection):
-            self.withdraw(*reading.call)
 
     def _close_later(self, reading: Reading) -> None:
         """Has a generator closed when it is its turn; returns at once."""
@@ -423,7 +444,7 @@ class HostedLife:
 
     def end(self, order: EndOrder) -> None:
         """Begins to end the life in good order, or says again how it ended."""
-        with self._lock:
+        with self._host.state_lock:
             if self.state in (State.STARTING, State.RUNNING):
                 self.state, self._end = State.ENDING, order
                 begin = True
@@ -439,7 +460,7 @@ class HostedLife:
         if reason != "normal":
             self._crash(reason)
             return
-        with self._lock:
+        with self._host.state_lock:
             if self.state is not State.RUNNING:
                 return  # it is ending anyway
             self.state = State.ENDING
@@ -453,14 +474,14 @@ class HostedLife:
         self._finish(State.EXITED)
 
     def _crash(self, text: str) -> None:
-        with self._lock:
+        with self._host.state_lock:
             if self.state not in ALIVE:
                 return
             self.error = text
         self._finish(State.CRASHED)
 
     def _finish(self, state: State) -> None:
-        with self._lock:
+        with self._host.state_lock:
             if self.state not in ALIVE:
                 return
             self.state = state

@@ -21,7 +21,7 @@ from flock_ray.core.wire import Call, HatchOrder, Pull, decode_call
 from flock_ray.runtime.generators import MOST_ITEMS, Reading
 from flock_ray.runtime.host import Host
 from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, log, refusal
-from flock_ray.runtime.listener import Answers, Caller
+from flock_ray.runtime.listener import Answered, Answers, Caller
 from flock_ray.runtime.mailbox import LoopOrder
 from flock_ray.runtime.payload import unpack
 from flock_ray.runtime.timers import Entry
@@ -30,6 +30,8 @@ from flock_ray.specs import interleaved
 
 class AsyncLife(HostedLife):
     """A bird with `async def` methods. All of its code runs on one event loop; `async def` methods interleave."""
+
+    __slots__ = ("_idle", "_locks", "_loop", "_made", "_order", "_room", "_running", "_tasks")
 
     def __init__(self, order: HatchOrder, host: Surroundings) -> None:
         super().__init__(order, host)
@@ -89,7 +91,7 @@ class AsyncLife(HostedLife):
             with self._runs(key, task):
                 result = await self._invoke(head.method, arguments, head.chain)
         except asyncio.CancelledError as error:
-            if task is None or key not in self._withdrawn:
+            if task is None or self._withdrawn is None or key not in self._withdrawn:
                 return self._raised(head, error)
             task.uncancel()  # it was `withdraw`, not the end of the loop
             del self._withdrawn[key]
@@ -111,7 +113,7 @@ class AsyncLife(HostedLife):
                     yield MOVED
                     return
                 yield await self._next(reading)
-                if self._readings.get(reading.call) is None:
+                if self._host.readings.get(reading.call) is None:
                     return
 
     async def _next(self, reading: Reading) -> Response:
@@ -197,7 +199,7 @@ class AsyncLife(HostedLife):
         task.add_done_callback(self._tasks.discard)
 
     async def _run_end(self, reason: str) -> None:
-        for reading in self._readings.pop_all():
+        for reading in self._host.readings.pop_all(self):
             await self._close(reading)
         await self._idle.wait()
         if self.state is not State.ENDING:
@@ -229,23 +231,31 @@ class AsyncHost(Host):
         """As `SyncHost.hatch`, on the bird's event loop."""
         life = self.accept(pickle.loads(order) if order else await asyncio.wrap_future(self.ordered), AsyncLife)
         if isinstance(life, AsyncLife):
-            self._loop = asyncio.get_running_loop()
-            self._came: deque[tuple[Caller, int, Call | Pull, int, memoryview]] = deque()
-            self._posted = False
-            self._inside = 0  # calls that were taken and are not answered yet
-            self._answering: set[asyncio.Task[None]] = set()
-            self._answers = Answers()
-            self._answers_posted = False
+            self._begin_loop()
             self.listen(sys.maxsize, self._call_frame)
             await life.hatch()
 
-    def _call_frame(self, caller: Caller, number: int, message: memoryview) -> bytes | None:
-        """On the thread that reads: passes it on to the bird's loop. Many that come at once cost one wake-up."""
+    def _begin_loop(self) -> None:
+        """This is the birds' event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._came: deque[tuple[Caller, int, Call | Pull, int, memoryview]] = deque()
+        self._posted = False
+        self._inside = 0  # calls that were taken and are not answered yet
+        self._answering: set[asyncio.Task[None]] = set()
+        self._answers = Answers()
+        self._answers_posted = False
+
+    def _call_frame(self, caller: Caller, number: int, message: memoryview) -> Answered:
+        """On the thread that reads."""
+        return self._pass_on(caller, number, message, *decode_call(message))
+
+    def _pass_on(self, caller: Caller, number: int, message: memoryview, head: Call | Pull, order: int, body: memoryview) -> bytes | None:
+        """To the bird's loop. Many that come at once cost one wake-up."""
         if self._inside + len(self._came) >= self.boot.mailbox:
             refused = self._full(message)
             if refused is not None:
                 return refused
-        self._came.append((caller, number, *decode_call(message)))
+        self._came.append((caller, number, head, order, body))
         if not self._posted:
             self._posted = True
             self._loop.call_soon_threadsafe(self._take_calls)
@@ -288,15 +298,15 @@ class AsyncHost(Host):
         return await anext(self._pull(head, order)) if isinstance(head, Pull) else await self._run(head, order, body, extra, None)
 
     async def _run(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: Caller | None) -> Response:
-        life = self.life
-        if not isinstance(life, AsyncLife) or head.dot != life.dot:
+        life = self._lives.get(head.dot)
+        if not isinstance(life, AsyncLife):
             return MOVED
         return await life.call(head, order, body, extra, connection)
 
     async def _pull(self, pull: Pull, number: int) -> AsyncIterator[Response]:
-        life = self.life
-        if not isinstance(life, AsyncLife):
+        reading = self.readings.get((pull.caller, pull.order))
+        if reading is None:
             yield MOVED
             return
-        async for item in life.pull(pull, number):
+        async for item in reading.life.pull(pull, number):
             yield item

@@ -20,16 +20,23 @@ from flock_ray.runtime.payload import unpack
 from flock_ray.runtime.timers import Entry
 
 
-class SyncLife(HostedLife):
-    """A bird without `async def`: `max_concurrency` methods at a time (1), each in a thread of the host."""
+class TurnLife(HostedLife):
+    """A bird without `async def`: whatever runs has a turn.
 
-    def __init__(self, order: HatchOrder, host: Surroundings) -> None:
+    Args:
+        turns: of which one is taken: that of `__init__`.
+    """
+
+    __slots__ = ("_turns",)
+
+    def __init__(self, order: HatchOrder, host: Surroundings, turns: Turns) -> None:
         super().__init__(order, host)
-        self.slots = order.spec.options.max_concurrency
-        self._turns = Turns(self.slots)
-        self._order = ThreadOrder()
-        self._pool: ThreadPoolExecutor | None = None
-        self._turns.enter()  # __init__'s turn
+        self._turns = turns
+        turns.enter()
+
+    def _in_pool(self, work: Callable[..., object], *args: Any) -> None:
+        """Has something done in a thread, now that it is its turn."""
+        raise NotImplementedError
 
     def hatch(self) -> None:
         """Runs `__init__` and `take_over`."""
@@ -48,14 +55,8 @@ class SyncLife(HostedLife):
         finally:
             self._turns.leave()
 
-    def call(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: Caller | None = None) -> Response:
-        """Runs a method when it is its turn, and answers."""
-        refused = self._at_the_door(head, order)
-        if refused is not None:
-            return refused
-        gate = self._order.wait(head.caller, order, self._turns.line_up, self._is_busy if connection is None else self._turns_are_taken)
-        if gate is not None:
-            gate.acquire()
+    def _answer_in_turn(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: Caller | None) -> Response:
+        """Runs a method, and ends its turn."""
         try:
             refused = self._turned_away(head, order)
             if refused is not None:
@@ -66,13 +67,6 @@ class SyncLife(HostedLife):
             return self._run(head, body, extra)
         finally:
             self._turns.leave()
-
-    def _turns_are_taken(self) -> bool:
-        return self._turns.busy
-
-    def _is_busy(self) -> bool:
-        """For what comes by Ray: what its caller sent before by a socket may wait in the mailbox."""
-        return self._turns.busy or self._host.occupied()
 
     def _run(self, head: Call, body: memoryview, extra: Sequence[Any]) -> Response:
         arguments = self._arguments(head, body, extra)
@@ -89,32 +83,6 @@ class SyncLife(HostedLife):
             inside.chain = ()  # nobody waits for what it began
             current.reset(token)
         return self._result(head, result)
-
-    def pull(self, pull: Pull, number: int) -> Iterator[Response]:
-        """The next items of a stream, each when it is its turn; no more after `TOGETHER`, if others wait. Pulls of a stream follow on each
-        other, whatever threads they come by.
-        """
-        reading = self._readings.get((pull.caller, pull.order))
-        if reading is None:
-            yield MOVED
-            return
-        reading.begin_pull(number, GAP)
-        until = time.monotonic() + TOGETHER
-        self._turns.enter()
-        try:
-            for _ in range(min(pull.items, MOST_ITEMS)):
-                yield self._next(reading) if self._pulled(pull) is reading else MOVED
-                if self._readings.get(reading.call) is None:
-                    return
-                if self._host.awaited() and time.monotonic() > until:
-                    yield LATER
-                    return
-                if self._turns.wanted:
-                    self._turns.leave()
-                    self._turns.enter()
-        finally:
-            self._turns.leave()
-            reading.end_pull(number)
 
     def _next(self, reading: Reading) -> Response:
         inside = Inside(self, (*reading.chain, self._link))
@@ -145,12 +113,6 @@ class SyncLife(HostedLife):
         except BaseException:
             log.exception("bird %r: the generator of %s raised while it was closed", self.name, reading.method)
 
-    def _in_pool(self, work: Callable[..., object], *args: Any) -> None:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._turns.slots, "flock_ray turn")  # never more turns than that are granted
-        self._pool.submit(work, *args)
-
     def _due(self, entry: Entry, method: str, body: bytes, extra: Sequence[Any]) -> None:
         self._turns.enter_later(lambda: self._in_pool(self._run_due, entry, method, body, extra))
 
@@ -166,20 +128,15 @@ class SyncLife(HostedLife):
         finally:
             self._turns.leave()
 
-    def _begin_end(self, reason: str) -> None:
-        threading.Thread(target=self._run_end, args=(reason,), name="flock_ray end", daemon=True).start()
-
-    def _run_end(self, reason: str) -> None:
-        self._turns.enter_all()
+    def _end_in_turn(self, reason: str) -> None:
         if self.state is not State.ENDING:
             return  # its last method, or __init__, crashed
-        for reading in self._readings.pop_all():
+        for reading in self._host.readings.pop_all(self):
             self._close(reading)
         with self._inside():
             self._try_hook("on_stop", reason)
             handed = self._try_hook("hand_over") if self._keeps else None
         self._ended(handed)
-        self._turns.leave_all()
 
     def _try_hook(self, name: str, *args: object) -> tuple[object] | None:
         hook = self._hook(name)
@@ -190,6 +147,75 @@ class SyncLife(HostedLife):
         except BaseException:
             log.exception("bird %r: %s raised", self.name, name)
             return None
+
+
+class SyncLife(TurnLife):
+    """One with a process of its own: `max_concurrency` methods at a time (1), each in a thread of the host."""
+
+    __slots__ = ("_order", "_pool", "slots")
+
+    def __init__(self, order: HatchOrder, host: Surroundings) -> None:
+        self.slots = order.spec.options.max_concurrency
+        super().__init__(order, host, Turns(self.slots))
+        self._order = ThreadOrder()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def call(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: Caller | None = None) -> Response:
+        """Runs a method when it is its turn, and answers."""
+        refused = self._at_the_door(head, order)
+        if refused is not None:
+            return refused
+        gate = self._order.wait(head.caller, order, self._turns.line_up, self._is_busy if connection is None else self._turns_are_taken)
+        if gate is not None:
+            gate.acquire()
+        return self._answer_in_turn(head, order, body, extra, connection)
+
+    def _turns_are_taken(self) -> bool:
+        return self._turns.busy
+
+    def _is_busy(self) -> bool:
+        """For what comes by Ray: what its caller sent before by a socket may wait in the mailbox."""
+        return self._turns.busy or self._host.occupied()
+
+    def pull(self, pull: Pull, number: int) -> Iterator[Response]:
+        """The next items of a stream, each when it is its turn; no more after `TOGETHER`, if others wait. Pulls of a stream follow on each
+        other, whatever threads they come by.
+        """
+        reading = self._host.readings.get((pull.caller, pull.order))
+        if reading is None:
+            yield MOVED
+            return
+        reading.begin_pull(number, GAP)
+        until = time.monotonic() + TOGETHER
+        self._turns.enter()
+        try:
+            for _ in range(min(pull.items, MOST_ITEMS)):
+                yield self._next(reading) if self._pulled(pull) is reading else MOVED
+                if self._host.readings.get(reading.call) is None:
+                    return
+                if self._host.awaited() and time.monotonic() > until:
+                    yield LATER
+                    return
+                if self._turns.wanted:
+                    self._turns.leave()
+                    self._turns.enter()
+        finally:
+            self._turns.leave()
+            reading.end_pull(number)
+
+    def _in_pool(self, work: Callable[..., object], *args: Any) -> None:
+        with self._host.state_lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._turns.slots, "flock_ray turn")  # never more turns than that are granted
+        self._pool.submit(work, *args)
+
+    def _begin_end(self, reason: str) -> None:
+        threading.Thread(target=self._run_end, args=(reason,), name="flock_ray end", daemon=True).start()
+
+    def _run_end(self, reason: str) -> None:
+        self._turns.enter_all()
+        self._end_in_turn(reason)
+        self._turns.leave_all()
 
 
 class SyncHost(Host):
@@ -216,8 +242,8 @@ class SyncHost(Host):
         return next(self._pull(head, order)) if isinstance(head, Pull) else self._run(head, order, body, extra, None)
 
     def _run(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: Caller | None) -> Response:
-        life = self.life
-        if not isinstance(life, SyncLife) or head.dot != life.dot:
+        life = self._lives.get(head.dot)
+        if not isinstance(life, SyncLife):
             return MOVED
         return life.call(head, order, body, extra, connection)
 

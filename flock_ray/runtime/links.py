@@ -37,7 +37,7 @@ class Link(Protocol):
         ...
 
     def retire(self) -> None:
-        """Counts it as lost: this process has just ended the life at its other end, and has to see that itself (C3)."""
+        """Counts it as lost: nothing more is to be sent over it."""
         ...
 
     def heard(self, now: float) -> None:
@@ -65,6 +65,25 @@ class Link(Protocol):
     def fetch(self, parcel: str) -> Reply:
         """An answer that its host has put aside for Ray to carry."""
         ...
+
+
+class Way:
+    """The way to one bird: its route, and the link to its host, which may be that of others too."""
+
+    __slots__ = ("_retired", "link", "route")
+
+    def __init__(self, route: Route, link: Link) -> None:
+        self.route = route
+        self.link = link
+        self._retired = False
+
+    def retire(self) -> None:
+        """This process has just ended the life at its other end, and has to see that itself, even if the host still answers (C3)."""
+        self._retired = True
+
+    def lost(self) -> bool:
+        """Is it not to be used any more?"""
+        return self._retired or self.link.lost()
 
 
 class NestLink(Protocol):

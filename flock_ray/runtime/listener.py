@@ -98,6 +98,7 @@ class Refusals:
 
 
 Answered = bytes | str | None | Iterator[bytes]
+Work = Callable[[], "tuple[Caller, int, Answered] | None"]  # something to do, and perhaps an answer that came of it
 
 
 class Answers:
@@ -139,7 +140,7 @@ class Listener:
 
     Args:
         secret, life: the flock's.
-        path: of the Unix socket; not made if it is too long for the kernel.
+        path: of the Unix socket; not made if it is too long for the kernel. `None`: none.
         ip: of the node, as Ray has it; `None`: no TCP.
         ports: the first and last port to choose from; any if `None`.
         slots: how many methods may run at a time.
@@ -157,7 +158,7 @@ class Listener:
         self,
         secret: bytes,
         life: str,
-        path: Path,
+        path: Path | None,
         ip: str | None,
         ports: tuple[int, int] | None,
         slots: int,
@@ -177,7 +178,7 @@ class Listener:
         self._doors: dict[int, socket.socket] = {}
         self._callers: dict[int, Caller] = {}
         self._strangers = 0
-        self._mailbox: deque[tuple[Caller, int, memoryview]] = deque()
+        self._mailbox: deque[tuple[Caller, int, memoryview] | Work] = deque()
         self._spin = Spin()
         self._lock = threading.RLock()  # guards the four below; to send under it may drop a caller, which takes it too
         self._answers = Answers()  # the leader's, not sent yet
@@ -192,6 +193,8 @@ class Listener:
         self._tls = tls
         self._tell_refused = Refusals(refused)
         self._path = path
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # rung when there is work that no caller brought
+        self._epoll.register(self._bell, _READABLE)
         self.address = self._open(path, ip, ports)
 
     def start(self) -> None:
@@ -202,14 +205,33 @@ class Listener:
         """Nobody gets in any more. The process ends soon: what is connected ends with it."""
         for door in self._doors.values():
             door.close()
-        self._path.unlink(missing_ok=True)
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    # Work that callers do not bring themselves. From any thread.
+
+    def post(self, work: Work) -> None:
+        """Has something done when it is its turn in the mailbox."""
+        self._mailbox.append(work)
+        self.ring()
+
+    def ring(self) -> None:
+        """There may be something to do, or room for it."""
+        os.eventfd_write(self._bell, 1)
+
+    def widen(self, slots: int) -> None:
+        """So many more methods may run at a time; fewer, if negative."""
+        with self._lock:
+            self._slots += slots
+        if slots > 0:
+            self.ring()
 
     # Doors
 
-    def _open(self, path: Path, ip: str | None, ports: tuple[int, int] | None) -> str:
+    def _open(self, path: Path | None, ip: str | None, ports: tuple[int, int] | None) -> str:
         """Opens the doors. Returns `ip:port name`, where `name` is the Unix socket's in its folder; either may be empty."""
         name = ""
-        if len(os.fsencode(path)) <= PATH_LIMIT:
+        if path is not None and len(os.fsencode(path)) <= PATH_LIMIT:
             local = socket.socket(socket.AF_UNIX)
             path.unlink(missing_ok=True)
             local.bind(str(path))  # in a folder that only its owner may enter
@@ -325,12 +347,13 @@ class Listener:
             self._run()  # there may be room for what the leader before had read
             if self._leader != me:
                 return
-        for fileno, mask in self._spin.until(self._look) or self._epoll.poll(PATIENCE):
-            if fileno in self._doors:
-                self._accept(self._doors[fileno])
-                continue
+        more = self._mailbox and self._running < self._slots
+        for fileno, mask in (self._look() or ()) if more else self._spin.until(self._look) or self._epoll.poll(PATIENCE):
             caller = self._callers.get(fileno)
             if caller is None:
+                self._not_a_caller(fileno)
+                if self._leader != me:
+                    return
                 continue
             if mask & _WRITABLE:
                 self._write_more(caller)
@@ -343,6 +366,14 @@ class Listener:
         if self._strangers:
             self._turn_out_the_slow()
         self._tell_refused.tell()
+
+    def _not_a_caller(self, fileno: int) -> None:
+        if fileno in self._doors:
+            self._accept(self._doors[fileno])
+        elif fileno == self._bell:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._bell)
+            self._run()
 
     def _look(self) -> list[tuple[int, int]] | None:
         return self._epoll.poll(0) or None
@@ -390,49 +421,67 @@ class Listener:
     # Methods
 
     def _run(self) -> None:
-        """Runs what waits, as long as there is room. The leader's answers go together, at the latest when the watchdog takes over."""
+        """Runs what waits, as long as there is room; the leader for `SLOW` seconds, then it reads again, for work may beget work.
+
+        The leader's answers go together, at the latest when the watchdog takes over.
+        """
         me = threading.get_ident()
         if not self._watching.is_set():
             self._watching.set()
-        due = time.monotonic() + TOGETHER
+        now = time.monotonic()
+        due, until = now + TOGETHER, now + SLOW
         while True:
             with self._lock:
-                if not self._mailbox or self._running >= self._slots:
+                if not self._mailbox or self._running >= self._slots or (now > until and self._leader == me):
                     answers = None
                     if self._leader == me:
                         answers, self._answers = self._answers, Answers()
                     break
-                caller, number, body = self._mailbox.popleft()
+                item = self._mailbox.popleft()
                 self._running += 1
             now = self._latest = time.monotonic()
             if self._leader == me:
                 self._began = now
-            try:
-                answer = self._call(caller, number, body)
-                if answer is not None and not isinstance(answer, bytes | str):
-                    self._several(caller, number, answer)
-                    answer = None
-            except BaseException:  # what a pickle raises may be anything
-                logger.exception("a message could not be read; its caller is cut off")
-                self._drop(caller, "its message could not be read")
-                answer = None
+            caller, number, answer = self._done(item)
             answers = None
             with self._lock:
                 self._running -= 1
                 leads = self._leader == me
                 if leads:
                     self._began = 0.0
-                    if answer is not None:
+                    if answer is not None and caller is not None:
                         self._answers.add(caller, number, answer)
                     if now > due:
                         answers, self._answers = self._answers, Answers()
             if answers is not None:
                 due = now + TOGETHER
                 self.send(answers)
-            elif not leads and answer is not None:
+            elif not leads and answer is not None and caller is not None:
                 self._write(caller, frame(ANSWER, number, answer if isinstance(answer, bytes) else b""))
         if answers is not None:
             self.send(answers)
+
+    def _done(self, item: tuple[Caller, int, memoryview] | Work) -> tuple[Caller | None, int, bytes | str | None]:
+        """Runs a call, or other work. Returns what is still to be answered."""
+        caller: Caller | None = None
+        try:
+            if isinstance(item, tuple):
+                caller, number, body = item
+                answer = self._call(caller, number, body)
+            else:
+                worked = item()
+                if worked is None:
+                    return None, 0, None
+                caller, number, answer = worked
+            if answer is not None and not isinstance(answer, bytes | str):
+                self._several(caller, number, answer)
+                answer = None
+        except BaseException:  # what a pickle raises may be anything
+            logger.exception("a message could not be read; its caller is cut off")
+            if caller is not None:
+                self._drop(caller, "its message could not be read")
+            return None, 0, None
+        return caller, number, answer
 
     def _several(self, caller: Caller, number: int, answers: Iterator[bytes]) -> None:
         me = threading.get_ident()

@@ -8,25 +8,35 @@ of one caller begin in the order in which they were sent (C2) also where Ray giv
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+_NOBODY: dict[str, int] = {}  # of whoever has none yet; never written to
+_NOTHING: dict[str, dict[int, Any]] = {}
+Lock = contextlib.AbstractContextManager[bool, None]
 
 GAP = 1.0  # seconds a message waits for a missing one; longer keeps order over slower links, shorter stalls less for a lost one
 CALLERS = 100_000  # callers whose place is remembered, 20 MB of them; one forgotten waits GAP once
 
 
 class Turns:
-    """A fair lock with `slots` places. It can be entered by waiting, or by being called back once it is one's turn."""
+    """A fair lock with `slots` places. It can be entered by waiting, or by being called back once it is one's turn.
 
-    def __init__(self, slots: int = 1) -> None:
+    Args:
+        lock: guards it; of many in one process one lock may guard all, for nothing is done under it.
+    """
+
+    __slots__ = ("_free", "_lock", "_waiting", "slots")
+
+    def __init__(self, slots: int = 1, lock: Lock | None = None) -> None:
         self.slots = slots
-        self._lock = threading.Lock()
+        self._lock = lock if lock is not None else threading.Lock()
         self._free = slots
-        self._waiting: deque[Callable[[], object]] = deque()
+        self._waiting: deque[Callable[[], object]] | None = None  # made when somebody waits: there may be a hundred thousand of these
 
     def enter(self) -> None:
         """Waits for a turn."""
@@ -42,14 +52,27 @@ class Turns:
                 return None
             gate = threading.Lock()
             gate.acquire()
-            self._waiting.append(gate.release)
+            self._wait(gate.release)
         return gate
+
+    def _wait(self, granted: Callable[[], object]) -> None:
+        if self._waiting is None:
+            self._waiting = deque()
+        self._waiting.append(granted)
+
+    def try_enter(self) -> bool:
+        """Takes a turn if one is free."""
+        with self._lock:
+            if not self._free:
+                return False
+            self._free -= 1
+            return True
 
     def enter_later(self, granted: Callable[[], object]) -> None:
         """Takes a place in the line and returns; `granted` is called when it is its turn, and must return at once."""
         with self._lock:
             if not self._free:
-                self._waiting.append(granted)
+                self._wait(granted)
                 return
             self._free -= 1
         granted()
@@ -62,6 +85,11 @@ class Turns:
                 return
             granted = self._waiting.popleft()
         granted()
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for a turn."""
+        return len(self._waiting) if self._waiting is not None else 0
 
     @property
     def wanted(self) -> bool:
@@ -113,6 +141,62 @@ class Order:
     def give_up(self, caller: str) -> None:
         """What is missing is not waited for any more: the first that is there may begin."""
         self._next[caller] = max(min(self._early.get(caller, ()), default=0), self._next.get(caller, 0))
+
+
+class Arrivals:
+    """Which messages have come in each caller's order, and which too early, for those who must not wait. Not locked.
+
+    It is kept small: a host may have a hundred thousand of these.
+    """
+
+    __slots__ = ("_early", "_next")
+
+    def __init__(self) -> None:
+        self._next: dict[str, int] = _NOBODY
+        self._early: dict[str, dict[int, Any]] = _NOTHING
+
+    def come(self, caller: str, order: int, message: T) -> Sequence[T]:
+        """A message has come.
+
+        Returns:
+            Those whose turn it is to line up, in order: none if it came too early, else this one, and what had come before it.
+        """
+        if self._next is _NOBODY:
+            self._next = {}
+        expected = self._next.get(caller, 0)
+        if order > expected:
+            if self._early is _NOTHING:
+                self._early = {}
+            self._early.setdefault(caller, {})[order] = message
+            return ()
+        self._note(caller, max(expected, order + 1))
+        if caller not in self._early:
+            return (message,)
+        return (message, *self._follow(caller))
+
+    def give_up(self, caller: str, order: int) -> Sequence[Any]:
+        """What this message waits for does not come: it and all that follow on it may line up, if it waits still."""
+        early = self._early.get(caller, {})
+        if order not in early:
+            return ()
+        self._note(caller, min(early))
+        return self._follow(caller)
+
+    def _note(self, caller: str, following: int) -> None:
+        self._next[caller] = following
+        if len(self._next) > CALLERS:
+            del self._next[next(iter(self._next))]
+
+    def _follow(self, caller: str) -> list[Any]:
+        early, at = self._early[caller], self._next[caller]
+        following = []
+        while at in early:
+            following.append(early.pop(at))
+            at += 1
+        self._next[caller] = at
+        if not early:
+            del self._early[caller]
+        return following
 
 
 class ThreadOrder:

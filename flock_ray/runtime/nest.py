@@ -31,7 +31,7 @@ from flock_ray.core.connection import ANSWER, NOTE
 from flock_ray.core.notices import ConnectionsRefused, Notice
 from flock_ray.core.registry import Registry
 from flock_ray.runtime import cluster
-from flock_ray.runtime.hosts import Hosts, surroundings
+from flock_ray.runtime.hosts import Hosts
 from flock_ray.runtime.listener import NEST_SOCKET, Refusals
 from flock_ray.runtime.members import Members
 from flock_ray.runtime.peers import Door, Wire, Wires
@@ -113,7 +113,8 @@ class Nest:
         adopted, exits, crashes = await self._hosts.adopt(self._config.nest_grace * 0.6)
         known = [a.record.life.number for a in adopted if a.record is not None]
         number = max([time.time_ns() // 1_000_000, *[n + 1 for n in known]])
-        self._hosts.life = life = Life(self._node, number)
+        life = Life(self._node, number)
+        self._hosts.begin(life, node.cpus if node is not None else 1)
         self._members = Members(life, self._record.life, self._record.secret, ip, door, self._config, self._handle)
         self._registry = Registry(life, self._config, random.Random().random)
         await self._members.start()
@@ -208,7 +209,7 @@ class Nest:
         now, wanted = time.monotonic(), set()
         for name in registry.replica:
             for _, record in registry.replica.records(name):
-                env = surroundings(record.spec).get("env")
+                env = record.spec.brought.get("env")
                 if env and self._pinned.get(env, 0.0) <= now:
                     wanted.add(env)
         if wanted:
@@ -411,6 +412,10 @@ class Nest:
 
     async def host_says(self, word: bytes) -> bytes | None:
         said = pickle.loads(word)
+        if isinstance(said, wire.Words):
+            for one in said.words:
+                self._hosts.word(one)
+            return None
         if self._ending and isinstance(said, wire.HostUp):
             self._hosts.word(said)
             return None

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flock_ray import errors
 from flock_ray.core import wire
-from flock_ray.runtime import payload
+from flock_ray.runtime import inside, payload
 from flock_ray.runtime.deadlines import SLACK
-from flock_ray.runtime.links import Link
+from flock_ray.runtime.links import Link, Way
 from flock_ray.runtime.replies import Down, NoAnswer, Raw, Reply, Several, also
 from flock_ray.specs import Dot, Name
 
@@ -121,8 +121,8 @@ class Pending:
 
     __slots__ = (
         "_teller", "begun", "body", "caller", "cast", "chain", "deadline", "detached", "dot", "due_with", "extra", "fate", "finished",
-        "in_chain", "is_watched", "lane", "link", "method", "order", "outcome", "reply", "retry", "stream", "timeout", "to_be_watched",
-        "waited_in", "waits_without_deadline",
+        "in_chain", "is_watched", "lane", "method", "order", "outcome", "reply", "retry", "stream", "timeout", "to_be_watched",
+        "waited_in", "waits_without_deadline", "way",
     )  # fmt: skip
 
     def __init__(
@@ -155,7 +155,7 @@ class Pending:
         self.finished = False
         self.outcome: Opened | BaseException | None = None
         self.reply: Reply | None = None
-        self.link: Link | None = None
+        self.way: Way | None = None
         self.caller = ""
         self.order = -1
         self.fate: str | Down | None = None
@@ -163,6 +163,16 @@ class Pending:
         self.to_be_watched = False  # once it is sent (again)
         self.is_watched = False  # somebody wants to be told
         self._teller: Callable[[], object] | None = None
+
+    @property
+    def link(self) -> Link | None:
+        return None if self.way is None else self.way.link
+
+    def withdraw(self) -> None:
+        """Has its host forget it, or close the stream that it has opened. It is only a favour."""
+        if self.way is not None:
+            with contextlib.suppress(Exception):
+                self.way.link.control(wire.encode(wire.Withdraw(self.caller, self.order, self.way.route.dot)))
 
     @property
     def again(self) -> bool:
@@ -230,6 +240,10 @@ class Pending:
 
     def wait(self, until: float) -> bool:
         """Waits on this thread, until it has an outcome or a time has come."""
+        with inside.waiting():
+            return self._wait(until)
+
+    def _wait(self, until: float) -> bool:
         if self.reply is not None and not self.is_watched:
             self._wait_here(until)
         while not self.finished and time.monotonic() < until:

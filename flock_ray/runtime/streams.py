@@ -7,7 +7,6 @@ not read to its end is closed, also when nobody has it any more.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -75,7 +74,8 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
             return
         reply = self._next_reply()
         try:
-            raw = reply.get(self._timeout)
+            with inside.waiting():
+                raw = reply.get(self._timeout)
             if self._take_items(raw):
                 return
             opened = open_raw(raw)
@@ -142,11 +142,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
         if self._opening is not None:
             self._opening.take_back()
         else:
-            self._withdraw()
-
-    def _withdraw(self) -> None:
-        with contextlib.suppress(Exception):  # it was only a favour
-            self._link.control(wire.encode(wire.Withdraw(self._message.caller, self._message.order)))
+            self._message.withdraw()
 
     async def aclose(self) -> None:
         """As `close`, which does not wait; for `contextlib.aclosing`."""
@@ -174,7 +170,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
             self._take(outcome)
         else:
             self._ended = True
-            self._withdraw()  # it may only be the first item that did not come
+            self._message.withdraw()  # it may only be the first item that did not come
             message.value()  # raises
 
     def _take_items(self, raw: Raw) -> bool:
@@ -200,7 +196,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
             self._ended = True
             self._drop_pulls()
             if answer.kind != "end":
-                self._withdraw()  # it may only be an item that did not come
+                self._message.withdraw()  # it may only be an item that did not come
                 value_of(opened, self._name, self._message.method)  # raises
 
     def _next(self) -> Any:
@@ -252,7 +248,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
     def _lost(self, down: Down | None) -> NoReturn:
         self._ended = True
         self._drop_pulls()
-        self._withdraw()
+        self._message.withdraw()
         text = f"bird {self._name!r} moved, restarted or went away in the middle of {self._message.method!r}: the rest will not come"
         raise errors.BirdUnavailable(f"{text}; call again for a new stream", self._name) from down
 
@@ -285,5 +281,5 @@ def _close(opening: Pending | None, message: Pending, replies: list[Reply]) -> N
         reply.forget()
     if opening is not None:
         opening.take_back()
-    elif message.link is not None:
-        message.link.control(wire.encode(wire.Withdraw(message.caller, message.order)))
+    else:
+        message.withdraw()

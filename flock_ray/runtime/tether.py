@@ -8,6 +8,7 @@ process said its pid before and after its Welcome.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from typing import Any, Protocol
 
 import psutil
 
-from flock_ray.core.wire import HostReport, Welcome
+from flock_ray.core.wire import HostReport, Welcome, Words
 from flock_ray.specs import Life
 
 log = logging.getLogger("flock_ray.host")
@@ -32,6 +33,7 @@ MARGIN = 0.8  # of `nest_grace`: birds end before a peer may hatch them. Less en
 FRESH = 1.0  # seconds: how old the knowledge that the nest lives may be when something begins. Less costs more system calls
 LOOK = 0.5  # seconds between looks while all is well; below FRESH, so that a call on a running process never has to look itself
 RETRY = 0.25  # seconds until a nest that did not answer is tried again
+TOGETHER = 1_000  # words at a time: what a nest does for one is short, and it must not be held up for long
 ANSWER = 10.0  # seconds a nest may take to answer before the word is sent again (M6)
 
 
@@ -252,15 +254,17 @@ class Reporter:
                 time.sleep(RETRY)
 
     def _deliver(self) -> None:
-        word = self._words[0]
+        with self._changed:
+            words = tuple(itertools.islice(self._words, TOGETHER))
         try:
-            self._link.say(pickle.dumps(word), ANSWER)
+            self._link.say(pickle.dumps(words[0] if len(words) == 1 else Words(words)), ANSWER)
         except NestAwayError:
             raise
         except Exception:
-            log.exception("the nest could not take %s", type(word).__name__)
+            log.exception("the nest could not take %s", ", ".join({type(word).__name__ for word in words}))
         with self._changed:
-            self._words.popleft()
+            for _ in words:
+                self._words.popleft()
             self._changed.notify_all()
 
     def _seek(self) -> None:

@@ -5,6 +5,7 @@ Authentication is chosen by the environment (`RAY_AUTH_MODE`), before Ray is imp
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import time
@@ -19,9 +20,22 @@ from ray.cluster_utils import Cluster
 
 import flock_ray
 from flock_ray.runtime import cluster
+from flock_ray.specs import Options
 
 DEADLINE = 60.0
+LIGHT = os.environ.get("FLOCK_RAY_TEST_LIGHT") == "1"  # as above: all birds are light that do not ask for a process of their own
 WIRE = os.environ.get("FLOCK_RAY_TEST_WIRE", "auto")  # scripts/test runs these tests over sockets, and over Ray
+
+
+@pytest.fixture(autouse=True)
+def hosting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tests over both kinds of birds; `own_process` says why one is about a bird's own process."""
+    if not LIGHT:
+        return
+    own = request.node.get_closest_marker("own_process")
+    if own is not None:
+        pytest.skip(f"only with a process of its own: {own.args[0]}")
+    monkeypatch.setattr("flock_ray.api.options.Options", functools.partial(Options, light=True))
 
 
 def eventually(condition: Callable[[], Any], what: str, deadline: float = DEADLINE) -> Any:

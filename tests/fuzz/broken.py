@@ -107,7 +107,7 @@ def things_that_are_not_there(rng: random.Random, target: Target) -> None:
     with target.peer() as peer:
         caller, order = f"lost{rng.randrange(20_000)}", rng.choice((0, 1, 2**63, 2**64 - 1))
         what: list[tuple[int, bytes]] = [
-            (CONTROL, wire.encode(wire.Withdraw(caller, order))),
+            (CONTROL, wire.encode(wire.Withdraw(caller, order, ts.DOT))),
             (CALL, ts.pull(caller, order, rng.choice((1, 2, 2**62)), rng.choice((0, 0, 0, 5)))),
             (CALL, ts.call(caller, "echo", 0, ts.arguments(1), dot=Dot(Life("elsewhere", 7), rng.getrandbits(40)))),
             (CALL, ts.call(caller, rng.choice(("nothing", "_private", "__init__", "", "closed", "count")), 0, ts.arguments())),
@@ -145,7 +145,7 @@ def streams(rng: random.Random, target: Target) -> None:
             whose = (caller, rng.choice((0, 0, 0, 1)))
             items, at = rng.choice((1, 1, 3, 16, 64)), number - 2 if rng.random() < 0.8 else rng.choice((0, 1, 50))
             if rng.random() < 0.2:
-                peer.send(ts.frame(CONTROL, number, wire.encode(wire.Withdraw(*whose))))
+                peer.send(ts.frame(CONTROL, number, wire.encode(wire.Withdraw(*whose, ts.DOT))))
             else:
                 peer.send(ts.frame(CALL, number, ts.pull(*whose, items, at)))
             if rng.random() < 0.8:
@@ -316,7 +316,7 @@ def fill(target: Target) -> None:
         for begin in range(0, 11_000, 100):
             calls = (ts.frame(CALL, n, ts.call(f"fill{n}", "echo", 0, ts.arguments(n))) for n in range(begin, begin + 100))
             peer.send(b"".join(calls))
-            takes = (ts.frame(CONTROL, 20_000 + n, wire.encode(wire.Withdraw(f"fill{n}", 5))) for n in range(begin, begin + 100))
+            takes = (ts.frame(CONTROL, 20_000 + n, wire.encode(wire.Withdraw(f"fill{n}", 5, ts.DOT))) for n in range(begin, begin + 100))
             peer.send(b"".join(takes))
             promised(peer.answer(begin + 99) and peer.answer(20_099 + begin) is not None, "the warm-up is answered")
             peer.forget_answers()

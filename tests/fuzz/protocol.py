@@ -140,7 +140,7 @@ _now: list[Side] = []  # whose frame is being read
 def _noted_loads(data: bytes | memoryview, *args: object, **kwargs: object) -> object:
     """Instead of `pickle.loads`: notes who asks, and makes something of the kind without running anything."""
     promised(_now and _now[-1].model.proved, "a pickle was read before the proof")
-    made = (wire.Call("c", ts.DOT, "m"), wire.Pull("c", 1, 1), wire.Withdraw("c", 1), None)
+    made = (wire.Call("c", ts.DOT, "m"), wire.Pull("c", 1, 1), wire.Withdraw("c", 1, ts.DOT), None)
     return made[bytes(data[:1] or b"\0")[0] % len(made)]
 
 

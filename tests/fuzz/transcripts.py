@@ -61,7 +61,7 @@ def strangers_frames(rng: random.Random) -> bytes:
     messages = [
         (CALL, call(who, "echo", 0, arguments(UNPROVED))),
         (CALL, wire.encode(wire.ForNest(who), pickle.dumps(UNPROVED))),
-        (CONTROL, wire.encode(wire.Withdraw(who, 0))),
+        (CONTROL, wire.encode(wire.Withdraw(who, 0, DOT))),
         (CONTROL, pickle.dumps(UNPROVED)),
     ]
     return b"".join(frame(kind, rng.getrandbits(64), body) for kind, body in rng.choices(messages, k=rng.randint(1, 3)))

@@ -68,7 +68,7 @@ class Message:
     @property
     def withdrawn(self) -> wire.Withdraw:
         """What takes it back."""
-        return wire.Withdraw(self.head.caller, self.order)
+        return wire.Withdraw(self.head.caller, self.order, self.head.dot)
 
     def result(self, value: Any) -> None:
         self.reply.set(Raw(wire.encode(wire.Answer("result"), pickle.dumps(value))))
@@ -210,10 +210,10 @@ class World:
         self.settings = Config(**config)
         self.the_nest = FakeNest(self)
 
-    def put(self, name: Name, host: str, incarnation: int = 1) -> FakeHost:
+    def put(self, name: Name, host: str, incarnation: int = 1, is_async: bool = False) -> FakeHost:
         """A bird now runs in this host."""
         self.hosts.setdefault(host, FakeHost(time.monotonic))
-        self.routes[name] = Route(name, self.dot, incarnation, "node", host)
+        self.routes[name] = Route(name, self.dot, incarnation, "node", host, is_async=is_async)
         self.the_nest.look()
         return self.hosts[host]
 

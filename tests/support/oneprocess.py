@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pickle
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,11 +16,12 @@ from typing import Any
 
 import cloudpickle
 
-from flock_ray.core.wire import HatchOrder, HostReport, Welcome
+from flock_ray.core.wire import HatchOrder, HatchOrders, HostReport, LifeCrashed, LifeRunning, Welcome, Words, encode
 from flock_ray.runtime.client import Client
 from flock_ray.runtime.courier import Courier
 from flock_ray.runtime.host import HostBoot
 from flock_ray.runtime.life_async import AsyncHost
+from flock_ray.runtime.life_light import LightHost
 from flock_ray.runtime.life_sync import SyncHost
 from flock_ray.runtime.links import RayLink
 from flock_ray.runtime.replies import Down, NoAnswer, Raw
@@ -38,7 +41,8 @@ class Nest:
         self.words: deque[Any] = deque(maxlen=1_000)  # the latest: hosts are fuzzed too
 
     def say(self, word: bytes, timeout: float) -> bytes | None:
-        self.words.append(pickle.loads(word))
+        said = pickle.loads(word)
+        self.words += said.words if isinstance(said, Words) else (said,)
         return pickle.dumps(Welcome(Life("node", 1))) if isinstance(self.words[-1], HostReport) else None
 
     def pid(self, timeout: float) -> int:
@@ -104,6 +108,8 @@ class Pair:
         wire: "unix", "tcp", or "ray".
     """
 
+    light = False  # the bird is a light one
+
     def __init__(
         self,
         folder: Path,
@@ -121,22 +127,31 @@ class Pair:
         self.codes: list[int] = []
         host = f"async:{name}" if is_async else name
         boot = HostBoot(host, "default", LIFE, 1e6, str(folder), os.getpid(), Life("node", 1), mailbox, SECRET)
-        spec = Spec("m", "C", "digest", pickle.dumps(((), {})), Options(max_concurrency=slots), None, Stamp(0, 0), "r")
-        order = pickle.dumps(HatchOrder("default", "a", DOT, 1, spec, cloudpickle.dumps(cls), 0, 0, state, state is not None, "01"))
+        brought = f'{{"async": {json.dumps(is_async)}}}'
+        options = Options(max_concurrency=slots, light=self.light)
+        spec = Spec("m", "C", "digest", pickle.dumps(((), {})), options, brought, Stamp(0, 0), "r")
+        order = HatchOrder("default", "a", DOT, 1, spec, cloudpickle.dumps(cls), 0, 0, state, state is not None, "01")
         self.loop: asyncio.AbstractEventLoop | None = None
-        kind = AsyncHost if is_async else SyncHost
+        kind = LightHost if self.light else AsyncHost if is_async else SyncHost
         self.host: Any = kind(boot, self.nest, "node", None, self.codes.append)
-        if is_async:
+        if is_async or self.light:
             self.loop = asyncio.new_event_loop()
             threading.Thread(target=self.loop.run_forever, daemon=True).start()
-            asyncio.run_coroutine_threadsafe(self.host.hatch(order), self.loop).result(10)
+            first = b"" if self.light else pickle.dumps(order)
+            asyncio.run_coroutine_threadsafe(self.host.hatch(first), self.loop).result(10)
         else:
-            self.host.hatch(order)
+            self.host.hatch(pickle.dumps(order))
+        if self.light:
+            self.host.control(encode(HatchOrders((order,))))
+            until = time.monotonic() + 10
+            while not any(isinstance(word, LifeRunning | LifeCrashed) for word in list(self.nest.words)):
+                assert time.monotonic() < until, "it is not hatched"
+                time.sleep(0.001)
         self.actor = ActorLink(self.host, self.loop)
         self.world = World(**config)
         self.client = Client("default", self.world, COURIER)
         COURIER.run(self.client.asks.config())
-        self.route = Route("a", DOT, 1, "node", boot.host, self.host.address)
+        self.route = Route("a", DOT, 1, "node", boot.host, self.host.address, is_async)
         where = folder if wire == "unix" else folder / "nowhere"
         self.link: Any = self.actor if wire == "ray" else DirectLink(SECRET, LIFE, self.host.address, where, COURIER, lambda: self.actor)
         self.world.hosts[boot.host] = self.link

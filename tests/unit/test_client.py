@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import pickle
 import threading
 import time
@@ -52,9 +53,9 @@ class Caller:
     def cast(self, *args, name="a", method="echo", **kwargs):
         self.client.cast(name, None, method, args, kwargs)
 
-    def warm(self, name="a", host="host:1"):
+    def warm(self, name="a", host="host:1", **route):
         """A bird that was called just now."""
-        there = self.world.put(name, host)
+        there = self.world.put(name, host, **route)
         assert self.call("warm", name=name) == "warm"
         there.got.clear()
         there.used_at = float("inf")  # fresh for the whole test, however slow
@@ -552,6 +553,9 @@ class FakeLife:
     def __init__(self, name):
         self.flock, self.name, self.incarnation, self.node_id = "default", name, 1, "node"
 
+    def waiting(self):
+        return contextlib.nullcontext()
+
 
 def run_inside(life, what, chain=(), is_async=False, in_thread=False):
     def go():
@@ -596,7 +600,7 @@ def test_a_bird_that_waits_for_its_own_future_is_refused(caller):
 
 
 def test_an_async_bird_admits_being_called_back(caller):
-    caller.warm(host="async:host:1")
+    caller.warm(is_async=True)
     assert run_inside(FakeLife("a"), lambda: caller.call("x")) == "x"
 
 

@@ -33,6 +33,7 @@ from flock_ray.core.wire import (
     ReportOrder,
     Welcome,
     Withdraw,
+    Words,
     decode,
     encode,
 )
@@ -73,7 +74,7 @@ class FakeNest:
         if self.away:
             raise NestAwayError
         word = pickle.loads(word)
-        self.words.append(word)
+        self.words += word.words if isinstance(word, Words) else [word]
         return pickle.dumps(Welcome(NEST)) if isinstance(word, HostReport) and self.welcomes else None
 
     def pid(self, timeout):
@@ -427,7 +428,7 @@ def test_methods_run_one_at_a_time_and_in_the_order_of_arrival(bench):
     later = []
     for i in range(5):
         later.append(bench.begin("note", i, caller=f"c{i}")[0])
-        until(lambda i=i: len(bench.host.life._turns._waiting) == i + 1, "it waits for its turn")
+        until(lambda i=i: bench.host.life._turns.waiting == i + 1, "it waits for its turn")
     assert bench.host.life.bird.lines == []
     GATES["go"].set()
     for thread in (first, *later):
@@ -450,7 +451,7 @@ def test_a_withdrawn_call_is_not_run_when_its_turn_comes(bench):
     first, _ = bench.begin("wait", "begun", "go")
     assert GATES["begun"].wait(5)
     second, answers = bench.begin("add", caller="other")
-    bench.control(Withdraw("other", 0))
+    bench.control(Withdraw("other", 0, DOT))
     GATES["go"].set()
     second.join(5)
     assert answers[0][1].error == "CallTimeout"
@@ -480,7 +481,7 @@ def test_raise_shows_in_me_and_in_the_report(bench):
     bench.hatch(Counter)
     bench.control(RaiseOrder(DOT, 1, 9))
     assert bench.call("me")[1][0].incarnation == 9
-    report = pickle.loads(bench.control(ReportOrder()))
+    (report,) = pickle.loads(bench.control(ReportOrder())).lives
     assert (report.born, report.incarnation, report.state) == (1, 9, "running")
 
 
@@ -511,9 +512,9 @@ def test_a_busy_bird_never_has_more_than_one_tick_waiting(bench):
     first, _ = bench.begin("wait", "begun", "go")
     assert GATES["begun"].wait(5)
     bench.host.life.bird.lines.clear()
-    until(lambda: bench.host.life._turns._waiting, "a tick waits")
+    until(lambda: bench.host.life._turns.waiting, "a tick waits")
     time.sleep(0.1)  # ten ticks
-    assert len(bench.host.life._turns._waiting) == 1
+    assert bench.host.life._turns.waiting == 1
     GATES["go"].set()
     first.join(5)
     bench.call("cancel")
@@ -546,7 +547,7 @@ def test_leaving_answers_the_caller_runs_on_stop_and_is_an_exit(bench):
     assert bench.call("go", "normal") == ("result", "ciao")
     bench.hears(LifeExited)
     assert ENDS == ["normal"] and bench.call("add")[0] == "moved"
-    assert pickle.loads(bench.control(ReportOrder())).state == "exited"
+    assert pickle.loads(bench.control(ReportOrder())).lives[0].state == "exited"
     assert bench.ended.codes == []  # it waits for ForgetOrder
 
 
@@ -564,7 +565,7 @@ def test_an_orderly_end_waits_for_the_running_method_and_turns_the_waiting_away(
     first, answers = bench.begin("wait", "begun", "go")
     assert GATES["begun"].wait(5)
     second, moved = bench.begin("add", caller="other")
-    until(lambda: bench.host.life._turns._waiting, "the second call waits")
+    until(lambda: bench.host.life._turns.waiting, "the second call waits")
     bench.control(EndOrder(DOT, 1, "moved", True, 30.0))
     assert ENDS == [] and bench.call("add")[0] == "moved"
     GATES["go"].set()
@@ -588,7 +589,7 @@ def test_a_record_is_kept_until_it_is_forgotten(bench, monkeypatch):
     bench.hatch(Parting, 5)
     bench.control(EndOrder(DOT, 1, "moved", True, 30.0))
     bench.hears(LifeEnded)
-    report = pickle.loads(bench.control(ReportOrder()))
+    (report,) = pickle.loads(bench.control(ReportOrder())).lives
     assert report.state == "released" and pickle.loads(report.record.state) == 5 and report.record.life == Life("node", 1)
     assert bench.ended.codes == []
     bench.control(ForgetOrder(DOT))
@@ -670,7 +671,8 @@ def test_a_bird_outlives_its_nest_and_reports_to_the_next(tmp_path, nest_process
     assert bench.call("add") == ("result", 1)
     bench.nest.away = False
     report = bench.hears(HostReport)
-    assert (report.host, report.dot, report.state, report.code) == ("h1", DOT, "running", bench.order(Counter).code)
+    (life,) = report.lives
+    assert (report.host, life.dot, life.state, life.code) == ("h1", DOT, "running", bench.order(Counter).code)
     until(lambda: bench.host._tether.adopted and bench.host.nest == NEST, "it is adopted")
     assert bench.call("add") == ("result", 2) and bench.ended.codes == []
 
@@ -831,7 +833,7 @@ def test_withdrawing_a_running_async_call_cancels_it(bench):
         await bench.hatch_async(Swift)
         running = asyncio.create_task(bench.acall("sleep", caller="it"))
         await soon(lambda: bench.host.life._running, "it runs")
-        bench.control(Withdraw("it", 0))
+        bench.control(Withdraw("it", 0, DOT))
         kind, answer = await asyncio.wait_for(running, 5)
         assert (kind, answer.error) == ("refused", "CallTimeout")
         assert bench.host.life.bird.lines == ["cancelled"] and bench.host.life.state.value == "running"

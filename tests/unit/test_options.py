@@ -56,7 +56,7 @@ class Generically(Generic[T]):
         ({"if_exists": True}, "if_exists"),
         ({"ack": "all"}, "ack"),
         ({"moves": 1}, "moves.*True or False"),
-        ({"light": True}, "light=True is not built yet"),
+        ({"light": 1}, "light.*True or False"),
         ({"max_restarts": -1}, "max_restarts"),
         ({"max_restarts": 1.5}, "max_restarts"),
         ({"max_concurrency": 0}, "max_concurrency"),

@@ -1,0 +1,359 @@
+"""Light birds: many in one process. Each has its own turn, and a thread only while a method of it runs.
+
+A message for a bird that is idle is run by the thread that took it from the mailbox, as in a host of one; for one that is busy it waits
+with the bird, and who ends the bird's method has the next one done. So a bird that blocks takes one thread of `light_threads`, and one
+that waits for a call of its own takes none: another is allowed meanwhile, or birds that call each other could wait for ever.
+
+Birds with `async def` methods are as in a process of their own, on one event loop for all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from flock_ray.core.wire import (
+    Call,
+    EndAllOrder,
+    EndOrder,
+    HatchOrder,
+    HatchOrders,
+    LeaveOrder,
+    Pull,
+    decode,
+    decode_call,
+)
+from flock_ray.runtime.generators import Reading
+from flock_ray.runtime.host import FORGOTTEN, HostBoot, extend_path, label_output
+from flock_ray.runtime.life import ALIVE, FULL, MOVED, HostedLife, Response, State, refusal
+from flock_ray.runtime.life_async import AsyncHost, AsyncLife
+from flock_ray.runtime.life_sync import TurnLife
+from flock_ray.runtime.listener import TOGETHER, Answered, Answers, Caller, Work
+from flock_ray.runtime.mailbox import GAP, Arrivals, Turns
+from flock_ray.runtime.recorder import Recorded, Recorder
+from flock_ray.specs import Dot
+
+Reply = Callable[[Response], "tuple[Caller, int, Answered] | None"]  # takes the answer to a call that had to wait for its turn
+Message = tuple[Call, int, memoryview, Sequence[Any], "Caller | None", Reply]
+
+
+class LightLife(TurnLife):
+    """A light bird without `async def` methods."""
+
+    __slots__ = ("_arrivals",)
+    _host: LightHost
+
+    def __init__(self, order: HatchOrder, host: LightHost) -> None:
+        super().__init__(order, host, Turns(1, host.state_lock))
+        self._arrivals = Arrivals()
+
+    def take(
+        self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: Caller | None, reply: Reply, here: bool
+    ) -> Response | None:
+        """Takes a call; never waits for its turn.
+
+        Args:
+            reply: is given the answer, in some thread of the host, if this returns `None`.
+            here: it may be run in this thread.
+
+        Returns:
+            The answer, if it was its turn at once.
+        """
+        refused = self._at_the_door(head, order)
+        if refused is not None:
+            return refused
+        if self._link in head.chain and not head.cast:
+            birds = " -> ".join(repr(name) for _, name in (*head.chain, self._link))
+            text = f"the call would wait for itself: {birds}; use cast, or make the methods of {self.name!r} async def"
+            return refusal(text, "CallCycle")
+        if self._turns.waiting >= self._host.boot.mailbox:
+            self.refuse_from(head.caller, order)
+            return FULL
+        with self._host.state_lock:
+            come: Sequence[Message] = self._arrivals.come(head.caller, order, (head, order, body, extra, connection, reply))
+            at_once = here and bool(come) and self._turns.try_enter()
+            self._line_up(come[1:] if at_once else come)
+        if not come:
+            self._host.scheduler.add(GAP, False, lambda _: self._give_up(head.caller, order))
+        return self._recorded(self._answer_in_turn, head, order, body, extra, connection) if at_once else None
+
+    def _line_up(self, messages: Sequence[Message]) -> None:
+        for message in messages:
+            self._turns.enter_later(partial(self._host.run_soon, partial(self._recorded, self._answer_later, message)))
+
+    def _give_up(self, caller: str, order: int) -> None:
+        """What this message waited for has not come."""
+        with self._host.state_lock:
+            self._line_up(self._arrivals.give_up(caller, order))
+
+    def _answer_later(self, message: Message) -> tuple[Caller, int, Answered] | None:
+        head, order, body, extra, connection, reply = message
+        return reply(self._answer_in_turn(head, order, body, extra, connection))
+
+    def _in_pool(self, work: Callable[..., object], *args: Any) -> None:
+        self._host.run_soon(partial(self._do, work, *args))
+
+    def _do(self, work: Callable[..., object], *args: Any) -> None:
+        self._recorded(work, *args)
+
+    def _recorded(self, work: Callable[..., Any], *args: Any) -> Any:
+        """Runs code of the bird: if the process dies meanwhile, that is counted against it."""
+        recorder = self._host.recorder
+        recorder.note(self.dot)
+        try:
+            return work(*args)
+        finally:
+            recorder.clear()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While a method of the bird waits for a call it has made: its thread is not counted."""
+        self._host.recorder.clear()
+        self._host.widen(1)
+        try:
+            yield
+        finally:
+            self._host.widen(-1)
+            self._host.recorder.note(self.dot)
+
+    def begin(self) -> None:
+        """Has it hatched; returns at once."""
+        self._in_pool(self.hatch)
+
+    # Streams
+
+    def take_pull(self, reading: Reading, pull: Pull, number: int, reply: Reply) -> None:
+        """Takes a pull of one of its streams; never waits."""
+        with self._host.state_lock:
+            come = reading.arrivals.come(pull.caller, number, (pull.items, reply))
+            self._add_pulls(reading, come)
+        if not come:
+            self._host.scheduler.add(GAP, False, lambda _: self._give_up_pull(reading, pull.caller, number))
+
+    def _give_up_pull(self, reading: Reading, caller: str, number: int) -> None:
+        with self._host.state_lock:
+            self._add_pulls(reading, reading.arrivals.give_up(caller, number))
+
+    def _add_pulls(self, reading: Reading, come: Sequence[tuple[int, Reply]]) -> None:
+        reading.pulls.extend(come)
+        if reading.pulls and not reading.is_served:
+            reading.is_served = True
+            self._turns.enter_later(partial(self._in_pool, self._serve, reading))
+
+    def _serve(self, reading: Reading) -> None:
+        """It is the stream's turn: makes items for its pulls, and lines up again while others wait."""
+        until = time.monotonic() + TOGETHER
+        answers = Answers()
+        try:
+            while reading.pulls and time.monotonic() < until:
+                items, reply = reading.pulls.popleft()
+                for left in reversed(range(items)):
+                    here = self._host.readings.get(reading.call) is reading and self.state is State.RUNNING and self._host.may_run()
+                    answered = reply(self._next(reading) if here else MOVED)
+                    if answered is not None:
+                        caller, number, answer = answered
+                        answers.add(caller, number, answer)
+                    if self._host.readings.get(reading.call) is not reading:
+                        break
+                    if left and (self._turns.wanted or time.monotonic() > until):
+                        reading.pulls.appendleft((left, reply))
+                        return
+        finally:
+            self._host.send_answers(answers)
+            with self._host.state_lock:
+                reading.is_served = False
+                self._add_pulls(reading, ())
+            self._turns.leave()
+
+    # The end
+
+    def _begin_end(self, reason: str) -> None:
+        self._turns.enter_later(partial(self._in_pool, self._run_end, reason))
+
+    def _run_end(self, reason: str) -> None:
+        try:
+            self._end_in_turn(reason)
+        finally:
+            self._turns.leave()
+
+
+class LightAsyncLife(AsyncLife):
+    """A light bird with `async def` methods."""
+
+    __slots__ = ()
+    _host: LightHost
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        super()._spawn(self._host.recorded(self, work))
+
+
+class LightHost(AsyncHost):
+    """The host of light birds: lives come and go by orders, and the process stays."""
+
+    def __init__(self, boot: HostBoot, *args: Any, **kwargs: Any) -> None:
+        super().__init__(boot, *args, **kwargs)
+        self.recorder = Recorder(boot.directory, self.pid)
+        self._kept: dict[tuple[Dot, int], HostedLife] = {}  # lives that are over, whose record or exit a nest still needs
+        self._path: tuple[str, ...] = ()
+
+    async def hatch(self, order: bytes) -> None:
+        """Is ready for the orders to come."""
+        del order
+        self._begin_loop()
+        label_output("light birds", "")
+        self.listen(self.boot.threads, self._call_frame)
+        if self._listener is None:  # callers come by Ray only; its threads run birds all the same
+            self._make_listener(self.boot.threads, self._call_frame, None, None)
+
+    # Threads
+
+    def run_soon(self, work: Work) -> None:
+        """Has something done in a thread of those that run birds. From any thread."""
+        if self._listener is not None:
+            self._listener.post(work)
+
+    def widen(self, slots: int) -> None:
+        """So many more birds may run a method at a time."""
+        if self._listener is not None:
+            self._listener.widen(slots)
+
+    # Orders
+
+    def control(self, message: bytes | memoryview) -> bytes:
+        head = decode(message)[0]
+        match head:
+            case HatchOrders():
+                for order in head.orders:
+                    self._hatch(order)
+            case EndAllOrder():
+                for life in tuple(self._lives.values()):
+                    self._end(EndOrder(life.dot, life.born, head.reason, False, head.timeout))
+            case LeaveOrder():
+                if not self._lives and not self._kept:
+                    self._end_process_in(0.0)
+            case _:
+                return super().control(message)
+        return b""
+
+    def _hatch(self, order: HatchOrder) -> None:
+        if order.sys_path is not self._path:
+            extend_path(order.sys_path)
+            self._path = order.sys_path
+        if order.spec.is_async:
+            self._loop.call_soon_threadsafe(self._begin_async, order)
+            return
+        life = self.accept(order, LightLife)
+        if isinstance(life, LightLife):
+            life.begin()
+
+    def _begin_async(self, order: HatchOrder) -> None:
+        life = self.accept(order, LightAsyncLife)
+        if isinstance(life, LightAsyncLife):
+            life._spawn(life.hatch())
+
+    def accept(self, head: HatchOrder | None, make: Callable[[HatchOrder, Any], HostedLife]) -> HostedLife | None:
+        """The life to hatch; `None` if it must not be."""
+        if head is None:
+            return None
+        with self._lock:
+            before = self._lives.get(head.dot)
+            if (before is not None and before.state in ALIVE) or (self._never and (head.dot, head.born) in self._never):
+                return None
+            if before is not None:
+                self._kept[before.dot, before.born] = before
+            life = self._lives[head.dot] = make(head, self)
+        return life
+
+    def _end(self, order: EndOrder) -> None:
+        kept = self._kept.get((order.dot, order.born))
+        if kept is not None:
+            kept.end(order)  # says again how it ended
+        else:
+            super()._end(order)
+
+    def _forget(self, dot: Dot) -> None:
+        life = self._lives.get(dot)
+        if life is not None and life.state in (State.RELEASED, State.EXITED):
+            self._drop(life)
+        for key in [key for key in tuple(self._kept) if key[0] == dot]:
+            del self._kept[key]
+
+    def _drop(self, life: HostedLife) -> None:
+        with self._lock:
+            if self._lives.get(life.dot) is life:
+                del self._lives[life.dot]
+
+    def over(self, life: HostedLife) -> None:
+        """A life has ended: it goes, unless it keeps something that a nest must fetch or acknowledge."""
+        if life.state is State.EXITED:
+            self.scheduler.add(FORGOTTEN, False, lambda _: self._forget_exit(life))
+        elif life.state is State.CRASHED or not life.has_record:
+            self._drop(life)
+
+    def _forget_exit(self, life: HostedLife) -> None:
+        self._drop(life)
+        self._kept.pop((life.dot, life.born), None)
+
+    def _held(self) -> list[HostedLife]:
+        return [*self._kept.values(), *self._lives.values()]
+
+    # Calls
+
+    def _call_frame(self, caller: Caller, number: int, message: memoryview) -> Answered:
+        head, order, body = decode_call(message)
+        life: HostedLife | None
+        if isinstance(head, Pull):
+            reading = self.readings.get((head.caller, head.order))
+            life = reading.life if reading is not None else None
+            if reading is not None and isinstance(life, LightLife):
+                life.take_pull(reading, head, order, partial(self._answer_on, caller, number, ""))
+                return None
+        else:
+            life = self._lives.get(head.dot)
+            if isinstance(life, LightLife):
+                response = life.take(head, order, body, (), caller, partial(self._answer_on, caller, number, head.caller), True)
+                return None if response is None else self.framed(response) if response else head.caller
+        return MOVED if life is None else self._pass_on(caller, number, message, head, order, body)
+
+    def _answer_on(self, caller: Caller, number: int, lane: str, response: Response) -> tuple[Caller, int, Answered]:
+        """What answers a call that came by a connection."""
+        return caller, number, self.framed(response) if response else lane
+
+    async def call(self, message: bytes, extra: Sequence[Any]) -> Response:
+        """As `AsyncHost.call`, for a bird of either kind."""
+        head, order, body = decode_call(message)
+        answer: asyncio.Future[Response] = self._loop.create_future()
+        reply = partial(self._answer_by_ray, answer)
+        if isinstance(head, Pull):
+            reading = self.readings.get((head.caller, head.order))
+            if reading is not None and isinstance(reading.life, LightLife):
+                reading.life.take_pull(reading, head, order, reply)
+                return await answer
+        else:
+            life = self._lives.get(head.dot)
+            if isinstance(life, LightLife):
+                response = life.take(head, order, body, extra, None, reply, False)
+                return await answer if response is None else response
+        return await super().call(message, extra)
+
+    def _answer_by_ray(self, answer: asyncio.Future[Response], response: Response) -> None:
+        self._loop.call_soon_threadsafe(_answer, answer, response)
+
+    async def _run(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: Caller | None) -> Response:
+        life = self._lives.get(head.dot)
+        if not isinstance(life, LightAsyncLife):
+            return MOVED
+        return await Recorded(self.recorder, life.dot, life.call(head, order, body, extra, connection))
+
+    async def recorded(self, life: HostedLife, work: Coroutine[Any, Any, Any]) -> Any:
+        """Runs code of a bird on the loop: if the process dies in one of its steps, that is counted against it."""
+        return await Recorded(self.recorder, life.dot, work)
+
+
+def _answer(answer: asyncio.Future[Response], response: Response) -> None:
+    if not answer.done():
+        answer.set_result(response)

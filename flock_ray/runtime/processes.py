@@ -1,0 +1,296 @@
+"""The processes of a nest's hosts: started on this node, watched, given orders, kept ahead of need, ended.
+
+A process's death is seen through a pidfd, in a millisecond and without a pending call (V1).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import signal
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import psutil
+import ray
+from ray.actor import ActorHandle
+
+from flock_ray.core import wire
+from flock_ray.core.connection import CONTROL
+from flock_ray.runtime import cluster
+from flock_ray.runtime.cluster import FlockLife
+from flock_ray.runtime.host import HostBoot
+from flock_ray.runtime.listener import socket_path
+from flock_ray.runtime.peers import Wires
+from flock_ray.runtime.recorder import recorder_path
+from flock_ray.specs import Life, Options, Spec
+
+InThread = Callable[..., Awaitable[Any]]
+FILL = 1.0  # seconds until a spare that was taken is replaced: its bird starts first
+KINDS = 4  # of spares that are kept
+FAREWELL = 15.0  # seconds within which a host that keeps nothing ends by itself, or is killed
+LIGHT = "light:"  # how the names of hosts of light birds begin
+
+
+class Kind(NamedTuple):
+    """What a bird's host must be like: its process cannot become another."""
+
+    env: str  # the runtime_env, as Ray serialises it
+    is_async: bool = False
+    light: bool = False  # of many light birds, whether they have `async def` methods or not
+
+    @classmethod
+    def of(cls, spec: Spec) -> Kind:
+        env = str(spec.brought.get("env") or "")
+        return cls(env, light=True) if spec.options.light else cls(env, spec.is_async)
+
+
+@dataclass(slots=True, eq=False)
+class Process:
+    """A host's process as its nest knows it."""
+
+    host: str
+    kind: Kind
+    handle: ActorHandle[Any] | None = None
+    pid: int = 0
+    pidfd: int = -1
+    ready: bool = False  # it has been given its first order, or can take lives
+    lives: int = 0  # those it holds; a spare has none
+    condemned: bool = False  # it gets no more lives: a bird that does not return is in it
+    killed_for: str = ""
+    hatches: list[wire.HatchOrder] = field(default_factory=list)  # not given to it yet
+
+
+class Processes:
+    """All processes of hosts of a nest.
+
+    Args:
+        in_thread: runs a blocking function of `cluster` in the nest's thread for it.
+        ended: takes a process that is gone, and why.
+    """
+
+    def __init__(
+        self, record: FlockLife, node: str, nest: ActorHandle[Any], in_thread: InThread, ended: Callable[[Process, str], object]
+    ) -> None:
+        self._record = record
+        self._node = node
+        self._nest = nest
+        self._in_thread = in_thread
+        self._ended = ended
+        self._wires = Wires(record.secret, record.life, None, self._order_by_ray)
+        self.directory = cluster.session_directory(record.life)
+        self._by_host: dict[str, Process] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._keeps_spares = record.config.spares > 0
+        self._spares: dict[Kind, list[Process]] = {}  # by what birds were like lately, the latest last
+        self.life: Life | None = None  # of the nest, once it has one
+
+    def get(self, host: str) -> Process | None:
+        return self._by_host.get(host)
+
+    def all(self) -> list[Process]:
+        return list(self._by_host.values())
+
+    # Starting
+
+    def new(self, kind: Kind, options: Options, order: wire.HatchOrder | None) -> Process:
+        """Has a process started; without an order it waits for one, or, for light birds, takes all that come."""
+        name = f"{LIGHT if kind.light else ''}host:{self._record.life}:{self._node[:8]}:{uuid.uuid4().hex[:10]}"
+        process = self._by_host[name] = Process(name, kind)
+        self._task(self._start(process, options, order))
+        return process
+
+    async def _start(self, process: Process, options: Options, order: wire.HatchOrder | None) -> None:
+        config = self._record.config
+        boot = HostBoot(
+            host=process.host,
+            flock=self._record.flock,
+            flock_life=self._record.life,
+            nest_grace=config.nest_grace,
+            directory=str(self.directory),
+            nest_pid=os.getpid(),
+            nest=self.life,
+            mailbox=config.mailbox,
+            secret=self._record.secret if config.wire == "auto" else b"",
+            ports=config.ports,
+            threads=config.light_threads,
+        )
+        try:
+            process.handle = await self._in_thread(
+                cluster.start_host, process.host, pickle.dumps(boot), self._nest, self._node, options, *process.kind[1:], process.kind.env
+            )
+            if process.killed_for:
+                await self._in_thread(ray.kill, process.handle)
+            await process.handle.hatch.remote(pickle.dumps(order) if order is not None else b"")
+            process.ready = True
+            self.flush(process)
+        except Exception as error:  # Ray's many, and what a user's options may do to it: the life has not begun, or may not go on unwatched
+            if process.handle is None:
+                self._gone(process, str(error))
+            else:
+                self.kill(process, str(error))
+
+    async def adopt(self, report: wire.HostReport, kind: Kind) -> Process:
+        """Takes over a process that an earlier life of the nest had started. It is to be watched when its lives are known."""
+        process = self._by_host[report.host] = Process(report.host, kind, ready=True)
+        process.handle = await self._in_thread(cluster.host_handle, report.host)
+        return process
+
+    # Spares
+
+    def begin_spares(self) -> None:
+        """Has the first ones started, of the most common kind."""
+        self._later_fill(Kind(""))
+
+    def spare_for(self, kind: Kind, options: Options) -> Process | None:
+        """A spare that can be this bird's host, if there is one; and has more of its kind started."""
+        if options.demand or options.max_concurrency != Options().max_concurrency:
+            return None  # what Ray is told when it starts the process
+        known = [spare for spare in self._spares.get(kind, ()) if spare.handle is not None]
+        self._later_fill(kind)
+        if not known:
+            return None
+        spare = max(known, key=lambda spare: spare.pid > 0)  # one that is up; else one that is starting, which is sooner than another
+        self._spares[kind].remove(spare)
+        return spare
+
+    def _later_fill(self, kind: Kind) -> None:
+        """Has the spares of a kind started, but first those birds that are starting now."""
+        if not self._keeps_spares:
+            return
+        self._spares[kind] = self._spares.pop(kind, [])
+        while len(self._spares) > KINDS:
+            for spare in self._spares.pop(next(iter(self._spares))):
+                self.dismiss(spare, "it was a spare that is not wanted any more")
+        asyncio.get_running_loop().call_later(FILL, self._fill, kind)
+
+    def _fill(self, kind: Kind) -> None:
+        spares = self._spares.get(kind)
+        while self._keeps_spares and spares is not None and len(spares) < self._record.config.spares and not self._is_memory_low():
+            spares.append(self.new(kind, Options(), None))
+
+    def _is_memory_low(self) -> bool:
+        memory = psutil.virtual_memory()
+        return bool(memory.available < self._record.config.min_free_memory * memory.total)
+
+    def drop_spares(self) -> None:
+        """Keeps none any more."""
+        self._keeps_spares = False
+        for spare in [spare for spares in self._spares.values() for spare in spares]:
+            self.dismiss(spare, "it was a spare that is not wanted any more")
+        self._spares.clear()
+
+    def dismiss(self, process: Process, why: str) -> None:
+        """Ends a process that holds nothing."""
+        if process.pid:
+            self.order(process, wire.LeaveOrder())
+            self.kill_later(process, why)
+        else:
+            self.kill(process, why)
+
+    # Orders
+
+    def hatch(self, process: Process, order: wire.HatchOrder) -> None:
+        """Has a life begun in a process that is there or starting. Those of light birds that come together go together."""
+        if not process.kind.light:
+            self.order(process, order)
+            return
+        process.hatches.append(order)
+        if len(process.hatches) == 1:
+            asyncio.get_running_loop().call_soon(self.flush, process)
+
+    def flush(self, process: Process) -> None:
+        if not process.ready or not process.hatches:
+            return
+        orders, process.hatches = process.hatches, []
+        for chunk in wire.chunks(orders):
+            self.order(process, wire.HatchOrders(chunk))
+
+    def order(self, process: Process, order: object) -> None:
+        packed, path = wire.encode(order), socket_path(self.directory, process.pid)
+        if not (process.pid and path.exists() and self._wires.send(process.host, path, CONTROL, packed)):
+            self._order_by_ray(process.host, packed)
+
+    def _order_by_ray(self, host: str, order: bytes) -> None:
+        """For hosts that listen not yet, or not at all."""
+        process = self._by_host.get(host)
+        if process is not None and process.handle is not None:
+            process.handle.control.remote(order)
+
+    # The end
+
+    def watch(self, process: Process, pid: int) -> None:
+        process.pid = pid
+        try:
+            process.pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._gone(process, "its process died")
+            return
+        asyncio.get_running_loop().add_reader(process.pidfd, self._gone, process, "its process died (killed, or out of memory?)")
+        if process.killed_for:
+            self.kill(process, process.killed_for)
+
+    def kill_later(self, process: Process, why: str) -> None:
+        """It is to end of itself; does it not, it is killed."""
+        asyncio.get_running_loop().call_later(FAREWELL, self.kill, process, why)
+
+    def kill(self, process: Process, why: str) -> None:
+        if process.host not in self._by_host:
+            return
+        process.killed_for = process.killed_for or why
+        if process.pidfd >= 0:
+            signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
+        elif process.handle is not None:
+            self._task(self._kill_unseen(process))
+
+    async def _kill_unseen(self, process: Process) -> None:
+        await self._in_thread(ray.kill, process.handle)
+        self._gone(process, "it was killed")
+
+    def _gone(self, process: Process, text: str) -> None:
+        if self._by_host.pop(process.host, None) is None:
+            return
+        self._wires.drop(process.host)
+        if process.pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(process.pidfd)
+            os.close(process.pidfd)
+            process.pidfd = -1
+        for spares in self._spares.values():
+            if process in spares:
+                spares.remove(process)  # the next bird of its kind has another started: one that cannot start is not tried in a loop
+        self._ended(process, process.killed_for or text)
+        if process.pid:
+            socket_path(self.directory, process.pid).unlink(missing_ok=True)
+            recorder_path(self.directory, process.pid).unlink(missing_ok=True)
+
+    async def end_all(self, reason: str, in_order: Callable[[Process], bool]) -> None:
+        """Ends every process: in good order where its lives have ended."""
+        loop = asyncio.get_running_loop()
+        for process in self.all():
+            if in_order(process) and process.handle is not None:
+                process.handle.__ray_terminate__.remote()  # Ray warns of processes that just die
+            else:
+                self.kill(process, reason)
+        end = loop.time() + FAREWELL / 5
+        while self._by_host and loop.time() < end:
+            await asyncio.sleep(0.02)
+        for process in self.all():
+            self.kill(process, reason)
+
+    def close(self) -> None:
+        self._wires.close()
+
+    def _task(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def end_unknown(pid: int) -> None:
+    """Ends a host that nobody answers for."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).kill()
