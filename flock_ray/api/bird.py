@@ -159,7 +159,7 @@ def check_timeout(timeout: Any) -> float | Default | None:
     return None if timeout == float("inf") else float(timeout)
 
 
-def check_method(method: str, name: Name) -> None:
+def check_method(method: str, name: Name | None) -> None:
     """Refuses private methods, here and at once."""
     if method.startswith("_"):
         raise AttributeError(f"{method!r} of bird {name!r} is private: a bird is called by its public methods")

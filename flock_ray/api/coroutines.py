@@ -9,9 +9,9 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
+from flock_ray.api.batches import Batches
 from flock_ray.api.bird import Bird, check_timeout
 from flock_ray.api.options import check
-from flock_ray.api.requests import Requests
 from flock_ray.config import Config
 from flock_ray.runtime.client import DEFAULT, client_of, let_go
 from flock_ray.runtime.pending import Default
@@ -27,7 +27,7 @@ T = TypeVar("T")
 State = Literal["pending", "starting", "running", "moving", "restarting", "failed"]
 
 
-class AioFlock(Requests):
+class AioFlock(Batches):
     """The functions of `Flock(name)` as coroutines."""
 
     def __repr__(self) -> str:
@@ -161,6 +161,49 @@ class AioFlock(Requests):
         client = client_of(self.name)
         await client.courier.run_async(self._destroy(client))
 
+    # Many at once: to pack and unpack so much takes time, and is done in a thread
+
+    async def start_many(self, birds: Iterable[Any], *, return_exceptions: bool = False, progress: bool = False) -> list[Bird[Any]]:
+        """As `Flock.start_many`."""
+        return await asyncio.to_thread(self._start_many, {}, birds, return_exceptions, progress)
+
+    async def call_many(
+        self,
+        calls: Iterable[Any],
+        *,
+        timeout: float | Default | None = DEFAULT,
+        retry: bool = False,
+        return_exceptions: bool = False,
+        progress: bool = False,
+    ) -> list[Any]:
+        """As `Flock.call_many`."""
+        lanes = client_of(self.name).lanes_here()
+        return await asyncio.to_thread(self._call_many, calls, timeout, retry, return_exceptions, progress, lanes)
+
+    async def cast_many(self, casts: Iterable[Any], *, progress: bool = False) -> None:
+        """As `Flock.cast_many`."""
+        await asyncio.to_thread(self._cast_many, casts, progress, client_of(self.name).lanes_here())
+
+    async def stop_many(self, names: Iterable[Name | Bird[Any]], *, return_exceptions: bool = False, progress: bool = False) -> list[None]:
+        """As `Flock.stop_many`."""
+        return await asyncio.to_thread(self._stop_many, names, return_exceptions, progress)
+
+    async def ask_all(
+        self,
+        method: str | Callable[..., Any],
+        /,
+        *args: Any,
+        of: Any = None,
+        prefix: str | tuple[Any, ...] | None = None,
+        timeout: float | Default | None = DEFAULT,
+        return_exceptions: bool = False,
+        progress: bool = False,
+        **kwargs: Any,
+    ) -> dict[Any, Any]:
+        """As `Flock.ask_all`."""
+        lanes = client_of(self.name).lanes_here()
+        return await asyncio.to_thread(self._ask_all, method, args, kwargs, of, prefix, timeout, return_exceptions, progress, lanes)
+
 
 class AioStarter:
     """`start` as a coroutine, with options."""
@@ -176,3 +219,7 @@ class AioStarter:
     async def start(self, name: Name, cls: Any, /, *args: Any, **kwargs: Any) -> Bird[Any]:
         """As `flock_ray.start`, with these options."""
         return await self._flock._start_with(self._given, name, cls, args, kwargs)
+
+    async def start_many(self, birds: Iterable[Any], *, return_exceptions: bool = False, progress: bool = False) -> list[Bird[Any]]:
+        """As `flock_ray.start_many`, with these options."""
+        return await asyncio.to_thread(self._flock._start_many, self._given, birds, return_exceptions, progress)

@@ -12,11 +12,11 @@ import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
+from flock_ray.api.batches import Batches
 from flock_ray.api.bird import Bird, check_timeout
 from flock_ray.api.coroutines import AioFlock
 from flock_ray.api.options import check
 from flock_ray.api.options import defaults as defaults_of
-from flock_ray.api.requests import Requests
 from flock_ray.config import Config
 from flock_ray.runtime import inside
 from flock_ray.runtime.client import DEFAULT, client_of, let_go
@@ -33,7 +33,7 @@ T = TypeVar("T")
 State = Literal["pending", "starting", "running", "moving", "restarting", "failed"]
 
 
-class Flock(Requests):
+class Flock(Batches):
     """A flock by its name. Picklable; two of the same name are equal; it has no processes and holds no connections of its own.
 
     Args:
@@ -284,6 +284,104 @@ class Flock(Requests):
         """The nests that the local nest counts as alive: node, address, weight, birds held, share of the ring."""
         return client_of(self.name).courier.run(self._nests())
 
+    # Many at once
+
+    def start_many(self, birds: Iterable[Any], *, return_exceptions: bool = False, progress: bool = False) -> list[Bird[Any]]:
+        """Starts many birds: as `start` for each, in a message for each thousand. With options: `options(light=True).start_many(...)`.
+
+        Args:
+            birds: `(name, cls, args, kwargs)` for each; `args` (a tuple) and `kwargs` (a dict) may be left out.
+            return_exceptions: the error of one that is not accepted takes its place in the list, instead of being raised when all others
+                have been answered.
+            progress: shows a bar on the terminal, with rich.
+
+        Returns:
+            Their handles, in order.
+
+        Raises:
+            TypeError: an item is of another form, or as `start`: nothing has been started if it is about an item's form or class.
+            Exception: as `start`: the first, in order.
+        """
+        return self._start_many({}, birds, return_exceptions, progress)
+
+    def call_many(
+        self,
+        calls: Iterable[Any],
+        *,
+        timeout: float | Default | None = DEFAULT,
+        retry: bool = False,
+        return_exceptions: bool = False,
+        progress: bool = False,
+    ) -> list[Any]:
+        """Calls many birds at once, and waits for all: as `call` for each. Calls of light birds go together, hundreds in a message.
+
+        Args:
+            calls: `(name, method, args, kwargs)` for each, `args` and `kwargs` may be left out. A bird may be called more than once: its
+                calls begin in order.
+            timeout: seconds for all of them; as `call`.
+            retry: a call whose host went away in the middle is made again, though it may have run.
+            return_exceptions, progress: as `start_many`.
+
+        Returns:
+            The results, in order.
+
+        Raises:
+            TypeError: an item is of another form.
+            Exception: what the first failed one raised, in order, when all others have ended; see `call`.
+        """
+        return self._call_many(calls, timeout, retry, return_exceptions, progress)
+
+    def cast_many(self, casts: Iterable[Any], *, progress: bool = False) -> None:
+        """Casts to many birds, and returns when their hosts have taken the messages: as `cast` for each.
+
+        Args:
+            casts, progress: as `call_many`.
+
+        Raises:
+            TypeError: an item is of another form.
+            MailboxFull: of one; the others have been sent.
+        """
+        self._cast_many(casts, progress)
+
+    def stop_many(self, names: Iterable[Name | Bird[Any]], *, return_exceptions: bool = False, progress: bool = False) -> list[None]:
+        """Stops many birds: as `stop` for each, in a message for each thousand.
+
+        Args:
+            return_exceptions, progress: as `start_many`.
+
+        Raises:
+            BirdNotFound: one was not known; the others have been stopped.
+        """
+        return self._stop_many(names, return_exceptions, progress)
+
+    def ask_all(
+        self,
+        method: str | Callable[..., Any],
+        /,
+        *args: Any,
+        of: Any = None,
+        prefix: str | tuple[Any, ...] | None = None,
+        timeout: float | Default | None = DEFAULT,
+        return_exceptions: bool = False,
+        progress: bool = False,
+        **kwargs: Any,
+    ) -> dict[Any, Any]:
+        """Calls one method of all birds of a class, or whose names begin alike.
+
+        Args:
+            method: its name, or `Class.method`.
+            args, kwargs: its arguments.
+            of, prefix: which birds, as `birds` has them; of both, those that match both; of neither, all.
+            timeout, return_exceptions, progress: as `call_many`.
+
+        Returns:
+            The result of each by its name, as the local nest knew them when it was asked.
+
+        Raises:
+            Exception: as `call_many`.
+        """
+        return self._ask_all(method, args, kwargs, of, prefix, timeout, return_exceptions, progress)
+
     def shutdown(self) -> None:
         """This process lets go of the flock: waits 1 s at most for casts to be delivered, and drops what it keeps. Birds live on."""
         let_go(self.name)
@@ -312,6 +410,10 @@ class Starter:
     def start(self, name: Name, cls: Any, /, *args: Any, **kwargs: Any) -> Bird[Any]:
         """As `flock_ray.start`, with these options."""
         return self._flock._start_with(self._given, name, cls, args, kwargs)
+
+    def start_many(self, birds: Iterable[Any], *, return_exceptions: bool = False, progress: bool = False) -> list[Bird[Any]]:
+        """As `flock_ray.start_many`, with these options."""
+        return self._flock._start_many(self._given, birds, return_exceptions, progress)
 
     def __repr__(self) -> str:
         return f"{self._flock!r}.options({', '.join(f'{key}={value!r}' for key, value in self._given.items())})"
@@ -404,6 +506,11 @@ start = _CURRENT.start
 options = _CURRENT.options
 call = _CURRENT.call
 cast = _CURRENT.cast
+start_many = _CURRENT.start_many
+call_many = _CURRENT.call_many
+cast_many = _CURRENT.cast_many
+stop_many = _CURRENT.stop_many
+ask_all = _CURRENT.ask_all
 stream = _CURRENT.stream
 stop = _CURRENT.stop
 restart = _CURRENT.restart

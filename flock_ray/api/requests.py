@@ -186,13 +186,11 @@ class Requests:
     async def _birds(self, state: str | None, node: str | None, prefix: object, of: object) -> list[BirdInfo]:
         if state is not None and state not in _STATES:
             raise ValueError(f"state must be one of {', '.join(_STATES)}, not {state!r}")
-        if prefix is not None and not isinstance(prefix, str | tuple):
-            raise TypeError(f"prefix must be a str, or a tuple for names that are tuples, not {type(prefix).__name__}")
-        class_name = None
-        if of is not None:
-            plain = unwrap(of)[0]
-            class_name = f"{plain.__module__}.{plain.__qualname__}"
-        found: list[BirdInfo] = await client_of(self.name).asks.read("birds", state, node, prefix, class_name)
+        found: list[BirdInfo] = await client_of(self.name).asks.read("birds", state, node, _checked_prefix(prefix), _class_name(of))
+        return found
+
+    async def _names(self, prefix: object, of: object) -> list[Name]:
+        found: list[Name] = await client_of(self.name).asks.read("names", _checked_prefix(prefix), _class_name(of))
         return found
 
     async def _count(self) -> int:
@@ -209,6 +207,19 @@ class Requests:
             raise RuntimeError(text)
         await client.courier.blocking(client.links.destroy, client.flock)
         client.forget()
+
+
+def _checked_prefix(prefix: object) -> object:
+    if prefix is not None and not isinstance(prefix, str | tuple):
+        raise TypeError(f"prefix must be a str, or a tuple for names that are tuples, not {type(prefix).__name__}")
+    return prefix
+
+
+def _class_name(of: object) -> str | None:
+    if of is None:
+        return None
+    plain = unwrap(of)[0]
+    return f"{plain.__module__}.{plain.__qualname__}"
 
 
 def _several(names: object) -> Iterable[object]:

@@ -40,13 +40,18 @@ def make_spec(
             `async def` methods asks for `max_concurrency`.
         ValueError: the arguments are too large; names the largest.
     """
+    template, code = make_template(cls, given)
+    return fill(template, name, args, kwargs, limit, uuid.uuid4().hex), code
+
+
+def make_template(cls: object, given: Mapping[str, Any]) -> tuple[Spec, bytes]:
+    """What the specs of all birds of a class have in common, and the pickled class. Raises as `make_spec`."""
     plain, options, runtime_env = resolve(cls, given)
     interleaves = is_async(plain)
     if options.light and options.max_concurrency > 1 and not interleaves:
         text = f"max_concurrency={options.max_concurrency} is for birds with async def methods, or with a process of their own"
         raise TypeError(f"{text}: a light {plain.__qualname__} runs one method at a time")
     code = _pickled_class(plain)
-    packed = _pickled_arguments(name, args, kwargs, limit)
     origin = cluster.origin()
     surroundings = {
         "env": _merged(origin.runtime_env, runtime_env),
@@ -58,13 +63,18 @@ def make_spec(
         module=plain.__module__,
         qualname=plain.__qualname__,
         code=hashlib.sha256(code).hexdigest(),
-        args=packed,
+        args=b"",
         options=options,
         runtime_env=json.dumps(surroundings, sort_keys=True),
         stamp=Stamp(0, 0),
-        request_id=uuid.uuid4().hex,
+        request_id="",
     )
     return spec, code
+
+
+def fill(template: Spec, name: Name, args: tuple[Any, ...], kwargs: dict[str, Any], limit: int, request_id: str) -> Spec:
+    """The spec of one bird. Raises as `make_spec`."""
+    return template._replace(args=_pickled_arguments(name, args, kwargs, limit), request_id=request_id)
 
 
 def _pickled_class(cls: type) -> bytes:

@@ -202,4 +202,19 @@ class Refused:
     detail: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """Where many birds can be called.
+
+    Args:
+        places: node, host and address of each host, and whether the bird has `async def` methods.
+        rows: for each bird that runs, in the order asked, which place, its dot and incarnation.
+        refused: what is to be said of the others, by their place in that order.
+    """
+
+    places: tuple[tuple[str, str, str, bool], ...]
+    rows: tuple[tuple[int, Dot, int] | None, ...]
+    refused: dict[int, Outcome]
+
+
 Outcome: TypeAlias = Accepted | Differs | Done | Route | Refused

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
 
 from flock_ray.core.registry import Registry
 from flock_ray.core.replica import Record
-from flock_ray.specs import BirdInfo, Name, NestInfo
+from flock_ray.specs import BirdInfo, Dot, Name, NestInfo
+
+Place: TypeAlias = tuple[str, str, str, bool]  # node, host, address of the host; does the bird have `async def` methods?
+Row: TypeAlias = tuple[int, Dot, int]  # which place, the dot, the incarnation
 
 
 def info(nest: Registry, name: Name) -> BirdInfo | None:
@@ -23,6 +27,28 @@ def birds(nest: Registry, state: str | None, node: str | None, prefix: Name | No
         for bird in found
         if bird is not None and state in (None, bird.state) and node in (None, bird.node_id) and of in (None, bird.class_name)
     ]
+
+
+def names(nest: Registry, prefix: Name | None, of: str | None) -> list[Name]:
+    """The names of all birds that match."""
+    found = ((name, nest.replica.winner(name)) for name in nest.replica if prefix is None or begins(name, prefix))
+    return [name for name, winner in found if winner is not None and of in (None, winner[1].spec.class_name)]
+
+
+def routes(nest: Registry, wanted: Iterable[Name]) -> tuple[list[Place], list[Row | None]]:
+    """Where birds can be called that run: the hosts, and for each bird which of them, its dot and incarnation. `None` for the others."""
+    view = nest.membership.view
+    places: dict[Place, int] = {}
+    rows: list[Row | None] = []
+    for name in wanted:
+        winner = nest.replica.winner(name)
+        status = winner[1].status if winner is not None else None
+        if winner is None or status is None or status.state != "running" or status.life not in view:
+            rows.append(None)
+        else:
+            place = (status.life.node, status.host, status.address, winner[1].spec.is_async)
+            rows.append((places.setdefault(place, len(places)), winner[0], status.incarnation))
+    return list(places), rows
 
 
 def begins(name: Name, prefix: Name) -> bool:

@@ -35,7 +35,10 @@ LONG_HEAD = 1_024  # bytes; those of longer chains are not kept
 
 _LENGTH = struct.Struct("!I")
 _ORDER = struct.Struct("!Q")
-_heads: dict[bytes, Call | Pull] = {}
+_ROW = struct.Struct("!HHQI")
+_SAME = 0xFFFFFFFF  # for a length: the body is that of the call before
+_PLAIN = 0x80000000  # added to a length: a result, whose head is left out
+_heads: dict[bytes, Call | Pull | CallMany] = {}
 
 
 def encode(head: object, body: bytes = b"") -> bytes:
@@ -65,11 +68,11 @@ def decode_call(message: bytes | memoryview) -> tuple[Any, int, memoryview]:
     head = _heads.get(packed)
     if head is None:
         head = pickle.loads(packed)
-        if type(head) is not Call and type(head) is not Pull:
+        if type(head) not in (Call, Pull, CallMany):
             raise TypeError(f"{type(head).__name__} is nothing that a caller sends")
         if len(_heads) >= HEADS:
             _heads.clear()
-        if length <= LONG_HEAD:
+        if length <= LONG_HEAD and type(head) is not CallMany:  # of which each has a caller of its own
             _heads[packed] = head
     (order,) = _ORDER.unpack_from(view, end)
     return head, order, view[end + _ORDER.size :]
@@ -108,6 +111,61 @@ class Pull(NamedTuple):
     items: int
 
 
+class CallMany(NamedTuple):
+    """The head of calls of many birds of one host, at most one of each; its body has the rest, see `encode_calls`. Each is answered as a
+    `Call` is, several in one `"answers"` as it comes, and named by a `Withdraw` with its place among them.
+
+    Args:
+        lives, methods: what the calls refer to.
+        others: as `Call`.
+    """
+
+    caller: str
+    lives: tuple[Life, ...]
+    methods: tuple[str, ...]
+    chain: tuple[tuple[str, Name], ...] = ()
+    cast: bool = False
+
+
+def encode_calls(head: CallMany, calls: Sequence[tuple[int, int, int, bytes]]) -> bytes:
+    """Calls, each as (which of `lives`, which of `methods`, the dot's counter, its pickled arguments). The body is
+
+    4 bytes: how many | for each 2 bytes: life, 2 bytes: method, 8 bytes: counter, 4 bytes: length of its arguments | all arguments
+
+    with arguments that are the same object as those before left out.
+    """
+    rows, bodies = [_LENGTH.pack(len(calls))], []
+    before = None
+    for life, method, counter, body in calls:
+        if body is before:
+            rows.append(_ROW.pack(life, method, counter, _SAME))
+        else:
+            rows.append(_ROW.pack(life, method, counter, len(body)))
+            bodies.append(body)
+            before = body
+    return encode_call(encode(head), 0, b"".join((*rows, *bodies)))
+
+
+def decode_calls(body: memoryview) -> Iterator[tuple[int, int, int, memoryview]]:
+    """What `encode_calls` was given.
+
+    Raises:
+        ValueError: it says more than there is.
+    """
+    (count,) = _LENGTH.unpack_from(body)
+    at = _LENGTH.size + count * _ROW.size
+    if at > len(body):
+        raise ValueError(f"{count} calls do not fit into {len(body)} bytes")
+    before = body[at:at]
+    for life, method, counter, length in _ROW.iter_unpack(body[_LENGTH.size : at]):
+        if length != _SAME:
+            if at + length > len(body):
+                raise ValueError("the arguments of a call are cut short")
+            before = body[at : at + length]
+            at += length
+        yield life, method, counter, before
+
+
 class Answer(NamedTuple):
     """The head of an answer. `kind` says what the body is:
 
@@ -117,6 +175,7 @@ class Answer(NamedTuple):
     - `"parcel"`: the answer is too long for a socket, or Ray has to carry it: fetch it from the host's actor under the id in `text`.
     - `"item"`: the next pickled item of a stream; `"items"`: the next ones, see `encode_items`; `"end"`: there are no more; `"later"`: this
       pull brings no more, for others wait.
+    - `"answers"`: to some of a `CallMany`, see `encode_answers`.
     - `"moved"`: nothing was run: the bird is not here (any more), ask for its route again and resend.
     - `"full"`: nothing was run: the bird's mailbox is full, resend in a while.
     """
@@ -128,6 +187,7 @@ class Answer(NamedTuple):
 
 ITEM = encode(Answer("item"))
 ITEMS = encode(Answer("items"))
+ANSWERS = encode(Answer("answers"))
 END = encode(Answer("end"))
 LATER = encode(Answer("later"))
 RESULT = encode(Answer("result"))  # how nearly all answers begin; to unpickle it costs 2.7 us each time (measured)
@@ -143,11 +203,14 @@ def encode_items(answers: Sequence[bytes]) -> bytes:
 
 
 def count_items(answer: bytes) -> int:
-    """How many items an answer to a `Pull` brings, of those that the pull asked for; one that brings none takes the place of one."""
-    if not answer.startswith(ITEMS):
-        return 1
-    (count,) = _LENGTH.unpack_from(answer, len(ITEMS))
-    return int(count)
+    """How many items an answer to a `Pull` brings, of those that the pull asked for, or how many answers to a `CallMany`; one that brings
+    none takes the place of one.
+    """
+    for several in (ITEMS, ANSWERS):
+        if answer.startswith(several):
+            (count,) = _LENGTH.unpack_from(answer, len(several))
+            return int(count)
+    return 1
 
 
 def decode_items(answer: bytes) -> list[memoryview]:
@@ -161,6 +224,41 @@ def decode_items(answer: bytes) -> list[memoryview]:
     lengths = struct.unpack_from(f"!{count}I", view, _LENGTH.size)
     ends = itertools.accumulate(lengths, initial=_LENGTH.size * (count + 1))
     return [view[begin:end] for begin, end in itertools.pairwise(ends)]
+
+
+def encode_answers(answers: Sequence[tuple[int, bytes]]) -> bytes:
+    """Answers to calls of a `CallMany`, each with the call's place; a cast is answered by nothing. The body is
+
+    4 bytes: how many | 4 bytes for each: its place | 4 bytes for each: its length | the answers
+
+    with the head left out where it says "result".
+    """
+    lengths, bodies = [], []
+    for _, answer in answers:
+        if answer.startswith(RESULT):
+            bodies.append(answer[len(RESULT) :])
+            lengths.append(len(bodies[-1]) | _PLAIN)
+        else:
+            bodies.append(answer)
+            lengths.append(len(answer))
+    count = len(answers)
+    places = struct.pack(f"!{count}I", *[place for place, _ in answers])
+    return b"".join((ANSWERS, _LENGTH.pack(count), places, struct.pack(f"!{count}I", *lengths), *bodies))
+
+
+def decode_answers(message: bytes) -> list[tuple[int, memoryview, bool]]:
+    """The answers in an `"answers"`, each with its call's place, and whether it is a mere pickled result, without a head."""
+    view = memoryview(message)[len(ANSWERS) :]
+    (count,) = _LENGTH.unpack_from(view)
+    places = struct.unpack_from(f"!{count}I", view, _LENGTH.size)
+    lengths = struct.unpack_from(f"!{count}I", view, _LENGTH.size * (count + 1))
+    at = _LENGTH.size * (2 * count + 1)
+    found = []
+    for place, length in zip(places, lengths, strict=True):
+        end = at + (length & ~_PLAIN)
+        found.append((place, view[at:end], length >= _PLAIN))
+        at = end
+    return found
 
 
 class Withdraw(NamedTuple):
@@ -262,8 +360,8 @@ class ReportOrder(NamedTuple):
 
 
 class ForNest(NamedTuple):
-    """The head of what a nest is told; the body is pickled. `what` is `"ask"` or `"read"` (callers), `"say"` or `"pid"` (hosts), `"ready"`,
-    or `"letters"`, a note of another nest.
+    """The head of what a nest is told; the body is pickled. `what` is `"ask"`, `"read"` or `"routes"` (callers), `"say"` or `"pid"`
+    (hosts), `"ready"`, or `"letters"`, a note of another nest.
     """
 
     what: str

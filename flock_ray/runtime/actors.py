@@ -29,6 +29,9 @@ class NestActor:
     async def read(self, query: bytes) -> bytes:
         return await self._nest.read(query)
 
+    async def routes(self, query: bytes) -> bytes:
+        return await self._nest.routes(query)
+
     async def deliver(self, letters: bytes) -> None:
         await self._nest.deliver(letters)
 

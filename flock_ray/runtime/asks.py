@@ -12,7 +12,7 @@ import contextlib
 import pickle
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -29,10 +29,14 @@ LATE = 1.0  # seconds a nest may answer after the time it was given
 PAUSE = 0.2  # seconds before a nest that is down is asked again
 FIND_SECONDS = 10.0  # how long a nest is looked for
 READ_SECONDS = 30.0  # how long a nest may be away before a look into its replica gives up
+AT_ONCE = 1_000  # requests in a message: some 20 ms of a nest's time
+PARTS = 4  # such messages under way
+PATIENCE = 5.0  # seconds a nest is asked to wait for birds to run, until it is asked again
 REMEMBERED = 65_536  # names whose last dot is kept
 
 _DEFAULTS = Config()
 
+Came = Callable[[int], object]  # is told how many more have been answered
 Request = TypeVar("Request", ev.Start, ev.Stop, ev.Restart, ev.Locate)
 
 
@@ -81,20 +85,56 @@ class Asks:
         return self._config
 
     async def start(self, name: Name, spec: Spec, code: bytes, wall: int, until: float) -> ev.Accepted:
-        outcome = await self._ask(ev.Start(spec.request_id, name, spec, code, wall), until)
-        if isinstance(outcome, ev.Differs):
-            if not _same(spec.args, outcome.args):
-                text = f"bird {name!r} exists with other arguments; stop it first, or start it with the same"
-                outcome = ev.Refused("BirdExists", text, name)
-            else:
-                outcome = ev.Accepted(outcome.dot, existed=True)
+        event = ev.Start(spec.request_id, name, spec, code, wall)
+        outcome = self._accepted(event, await self._ask(event, until))
         if isinstance(outcome, ev.Accepted):
-            self._written[name] = outcome.dot
-            self._written.move_to_end(name)
-            if len(self._written) > REMEMBERED:
-                self._written.popitem(last=False)
             return outcome
-        raise self._error(outcome, name)
+        raise outcome
+
+    def _compared(self, event: ev.Start, outcome: ev.Differs) -> ev.Outcome:
+        if _same(event.spec.args, outcome.args):
+            return ev.Accepted(outcome.dot, existed=True)
+        text = f"bird {event.name!r} exists with other arguments; stop it first, or start it with the same"
+        return ev.Refused("BirdExists", text, event.name)
+
+    def _note(self, name: Name, dot: Dot) -> None:
+        self._written[name] = dot
+        self._written.move_to_end(name)
+        if len(self._written) > REMEMBERED:
+            self._written.popitem(last=False)
+
+    async def start_many(
+        self, starts: Sequence[tuple[Name, Spec, bytes]], wall: int, until: float, came: Came
+    ) -> list[ev.Accepted | BaseException]:
+        """Starts many; the error of each that was not accepted is in its place."""
+        events = [ev.Start(spec.request_id, name, spec, code, wall) for name, spec, code in starts]
+        return [self._accepted(event, outcome) for event, outcome in zip(events, await self._ask_many(events, until, came), strict=True)]
+
+    def _accepted(self, event: ev.Start, outcome: ev.Outcome | Dot) -> ev.Accepted | BaseException:
+        if isinstance(outcome, Dot):
+            outcome = ev.Accepted(outcome)
+        if isinstance(outcome, ev.Differs):
+            outcome = self._compared(event, outcome)
+        if isinstance(outcome, ev.Accepted):
+            self._note(event.name, outcome.dot)
+            return outcome
+        return self._error(outcome, event.name)
+
+    async def stop_many(self, birds: Sequence[tuple[Name, Dot | None]], until: float, came: Came) -> list[BaseException | None]:
+        """Stops many; the error of each that could not be is in its place."""
+        events = [ev.Stop(_id(), name, dot or self.written(name)) for name, dot in birds]
+        outcomes = await self._ask_many(events, until, came)
+        return [None if isinstance(one, ev.Done) else self._error(one, event.name) for event, one in zip(events, outcomes, strict=True)]
+
+    async def routes(self, names: Sequence[Name], until: float) -> AsyncIterator[tuple[Sequence[Name], ev.Routes]]:
+        """Where birds can be called, part by part; waits for those that do not run yet, some seconds at a time."""
+        for at in range(0, len(names), AT_ONCE):
+            part = names[at : at + AT_ONCE]
+            patience = min(PATIENCE, max(0.0, until - self._clock()))
+            query = pickle.dumps((part, patience), protocol=5)
+            raw = await self._deliver(lambda nest, query=query: nest.routes(query), self._clock() + patience)  # type: ignore[misc]  # a default
+            if raw is not None:
+                yield part, pickle.loads(raw.message)
 
     async def stop(self, name: Name, after: Dot | None, until: float) -> None:
         outcome = await self._ask(ev.Stop(_id(), name, after or self.written(name)), until)
@@ -154,6 +194,24 @@ class Asks:
             return ev.Refused("CallTimeout", text, event.name)
         outcome: ev.Outcome = pickle.loads(raw.message)
         return outcome
+
+    async def _ask_many(self, events: Sequence[Request], until: float, came: Came) -> list[Any]:
+        """Asks in parts, some of which are under way at a time: a nest goes on answering others in between."""
+        at_once = asyncio.Semaphore(PARTS)
+
+        async def part(some: Sequence[Request]) -> list[Any]:
+            packed = pickle.dumps(tuple(some), protocol=5)
+            async with at_once:
+                raw = await self._deliver(lambda nest: nest.ask(packed), until)
+            came(len(some))
+            if raw is not None:
+                outcomes: list[Any] = pickle.loads(raw.message)
+                return outcomes
+            text = f"no nest of flock {self.flock!r} has answered about bird {{!r}} in time; is this node cut off?"
+            return [ev.Refused("CallTimeout", text.format(event.name), event.name) for event in some]
+
+        parts = [events[at : at + AT_ONCE] for at in range(0, len(events), AT_ONCE)]
+        return [outcome for outcomes in await asyncio.gather(*map(part, parts)) for outcome in outcomes]
 
     async def _deliver(self, send: Callable[[NestLink], Reply], until: float) -> Raw | None:
         while True:

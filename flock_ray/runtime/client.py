@@ -29,8 +29,9 @@ from flock_ray.runtime.streams import Stream
 from flock_ray.runtime.ways import Ways
 from flock_ray.specs import Dot, Name, Route
 
+Lanes = dict[Name, Lane]  # of one caller
 DEFAULT = Default.TIMEOUT
-ROUTES = 65_536  # names whose route is kept
+ROUTES = 1_000_000  # names whose route is kept, about 0.4 KB of each
 LANES = 4_096  # lanes a caller keeps before it drops those with nothing under way
 LOOK_AGAIN = 0.05  # seconds; `ray.shutdown` and another `ray.init` take longer, and the look a fifth of what a cast costs
 FLUSH_SECONDS = 1.0  # how long the end of a process, or `shutdown`, waits for casts to be delivered
@@ -53,7 +54,7 @@ class Client:
         self._callers = itertools.count()
         self._ways: dict[Name, Way] = {}
         self._here = threading.local()
-        self._by_life: weakref.WeakKeyDictionary[Any, dict[Name, Lane]] = weakref.WeakKeyDictionary()
+        self._by_life: weakref.WeakKeyDictionary[Any, Lanes] = weakref.WeakKeyDictionary()
         self._lanes: weakref.WeakSet[Lane] = weakref.WeakSet()
         self._lanes_lock = threading.Lock()
 
@@ -82,10 +83,18 @@ class Client:
         return message.wait_async()
 
     def future(
-        self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | Default | None, retry: bool
+        self,
+        name: Name,
+        dot: Dot | None,
+        method: str,
+        args: Any,
+        kwargs: Any,
+        timeout: float | Default | None,
+        retry: bool,
+        lanes: Lanes | None = None,
     ) -> CallFuture:
-        """Sends a call and returns the future of its result."""
-        message = self._message(name, dot, method, args, kwargs, timeout, retry, detached=True)
+        """Sends a call and returns the future of its result. With `lanes` in the order of whoever's these are."""
+        message = self._message(name, dot, method, args, kwargs, timeout, retry, detached=True, lanes=lanes)
         message.lane.submit(message, Urgency.SOON)
         return CallFuture(message)
 
@@ -97,9 +106,9 @@ class Client:
         message.lane.submit(message, Urgency.NOW)
         return Stream(message)
 
-    def cast(self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any) -> None:
-        """Sends a message nobody waits for."""
-        message = self._message(name, dot, method, args, kwargs, DEFAULT, False, cast=True)
+    def cast(self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, lanes: Lanes | None = None) -> None:
+        """Sends a message nobody waits for. `lanes` as `future`."""
+        message = self._message(name, dot, method, args, kwargs, DEFAULT, False, cast=True, lanes=lanes)
         message.lane.submit(message, Urgency.SOON)
 
     def _message(
@@ -115,11 +124,14 @@ class Client:
         cast: bool = False,
         detached: bool = False,
         stream: bool = False,
+        lanes: Lanes | None = None,
     ) -> Pending:
-        body, extra = self._pack(name, method, args, kwargs)
+        body, extra = self.pack(name, method, args, kwargs)
         now_inside = inside.current.get()
         chain = now_inside.chain if now_inside is not None and not cast and not detached else ()
-        message = Pending(self._lane(name, now_inside), dot, method, body, extra, chain, timeout, retry)
+        message = Pending(
+            self._lane(name, self._lanes_of(now_inside) if lanes is None else lanes), dot, method, body, extra, chain, timeout, retry
+        )
         if chain and (self.flock, name) in chain:
             message.in_chain = True
         if cast or detached or stream:
@@ -141,7 +153,8 @@ class Client:
             if message.waits_without_deadline:
                 self.courier.post(message.set_timer)  # its sender may wait already
 
-    def _pack(self, name: Name, method: str, args: Any, kwargs: Any) -> tuple[bytes, Sequence[Any]]:
+    def pack(self, name: Name, method: str, args: Any, kwargs: Any) -> tuple[bytes, Sequence[Any]]:
+        """Pickles the arguments of a call. Raises `TypeError`, which names the one that cannot be."""
         try:
             return payload.pack((args, kwargs), what="the arguments")
         except TypeError as error:
@@ -150,20 +163,31 @@ class Client:
 
     # Lanes and routes
 
-    def _lane(self, name: Name, now_inside: inside.Inside | None) -> Lane:
+    def lanes_here(self) -> Lanes:
+        """The lanes of whoever calls here."""
+        return self._lanes_of(inside.current.get())
+
+    def _lanes_of(self, now_inside: inside.Inside | None) -> Lanes:
         if now_inside is not None:
-            lanes = self._by_life.setdefault(now_inside.life, {})
-        else:
-            try:
-                lanes = self._here.lanes
-            except AttributeError:
-                lanes = self._here.lanes = {}
+            return self._by_life.setdefault(now_inside.life, {})
+        try:
+            return self._here.lanes  # type: ignore[no-any-return]  # as set below
+        except AttributeError:
+            lanes: Lanes = {}
+            self._here.lanes = lanes
+            return lanes
+
+    def new_caller(self) -> str:
+        """A caller id that nobody has had."""
+        return f"{self._process}-{next(self._callers)}"
+
+    def _lane(self, name: Name, lanes: Lanes) -> Lane:
         lane: Lane | None = lanes.get(name)
         if lane is None:
             if len(lanes) >= LANES:
                 for idle in [other for other, kept in lanes.items() if kept.idle]:
                     del lanes[idle]
-            lane = lanes[name] = Lane(self, name, f"{self._process}-{next(self._callers)}")
+            lane = lanes[name] = Lane(self, name, self.new_caller())
             with self._lanes_lock:
                 self._lanes.add(lane)
         return lane

@@ -13,7 +13,7 @@ import pickle
 import sys
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,12 +62,15 @@ class AsyncLife(HostedLife):
             self._idle.set()
             self._made.set()
 
-    async def call(self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: Caller | None = None) -> Response:
-        """Begins a method in its caller's order, and answers."""
+    async def call(
+        self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: Caller | None = None, in_order: bool = True
+    ) -> Response:
+        """Begins a method, in its caller's order if there is one, and answers."""
         refused = self._at_the_door(head, order)
         if refused is not None:
             return refused
-        await self._order.wait(head.caller, order)
+        if in_order:
+            await self._order.wait(head.caller, order)
         # Whoever waits for this call has a place: were it to wait for one, none might ever be free (C4).
         async with self._room if self._link not in head.chain else contextlib.nullcontext():
             refused = self._turned_away(head, order)
@@ -264,9 +267,12 @@ class AsyncHost(Host):
     def _take_calls(self) -> None:
         self._posted = False
         for _ in range(len(self._came)):
-            task = self._loop.create_task(self._answer_frame(*self._came.popleft()))
-            self._answering.add(task)
-            task.add_done_callback(self._answering.discard)
+            self._track(self._answer_frame(*self._came.popleft()))
+
+    def _track(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._answering.add(task)
+        task.add_done_callback(self._answering.discard)
 
     async def _answer_frame(self, caller: Caller, number: int, head: Call | Pull, order: int, body: memoryview) -> None:
         self._inside += 1

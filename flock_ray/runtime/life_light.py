@@ -10,14 +10,17 @@ Birds with `async def` methods are as in a process of their own, on one event lo
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from flock_ray.core.connection import LONGEST
 from flock_ray.core.wire import (
     Call,
+    CallMany,
     EndAllOrder,
     EndOrder,
     HatchOrder,
@@ -26,6 +29,8 @@ from flock_ray.core.wire import (
     Pull,
     decode,
     decode_call,
+    decode_calls,
+    encode_answers,
 )
 from flock_ray.runtime.generators import Reading
 from flock_ray.runtime.host import FORGOTTEN, HostBoot, extend_path, label_output
@@ -35,9 +40,12 @@ from flock_ray.runtime.life_sync import TurnLife
 from flock_ray.runtime.listener import TOGETHER, Answered, Answers, Caller, Work
 from flock_ray.runtime.mailbox import GAP, Arrivals, Turns
 from flock_ray.runtime.recorder import Recorded, Recorder
-from flock_ray.specs import Dot
+from flock_ray.runtime.timers import Entry
+from flock_ray.specs import Dot, Life
 
 Reply = Callable[[Response], "tuple[Caller, int, Answered] | None"]  # takes the answer to a call that had to wait for its turn
+SLOW = 0.005  # seconds a thread may be held up in a batch until another goes on with it
+_NO_DOT = Dot(Life("", 0), 0)
 Message = tuple[Call, int, memoryview, Sequence[Any], "Caller | None", Reply]
 
 
@@ -67,9 +75,7 @@ class LightLife(TurnLife):
         if refused is not None:
             return refused
         if self._link in head.chain and not head.cast:
-            birds = " -> ".join(repr(name) for _, name in (*head.chain, self._link))
-            text = f"the call would wait for itself: {birds}; use cast, or make the methods of {self.name!r} async def"
-            return refusal(text, "CallCycle")
+            return self._would_wait_for_itself(head)
         if self._turns.waiting >= self._host.boot.mailbox:
             self.refuse_from(head.caller, order)
             return FULL
@@ -80,6 +86,25 @@ class LightLife(TurnLife):
         if not come:
             self._host.scheduler.add(GAP, False, lambda _: self._give_up(head.caller, order))
         return self._recorded(self._answer_in_turn, head, order, body, extra, connection) if at_once else None
+
+    def take_one(self, head: Call, order: int, body: memoryview, connection: Caller, reply: Reply) -> Response | None:
+        """Takes a call of a `CallMany`, as `take`. Its caller has nothing else under way for this bird, so there is no order to keep."""
+        refused = self._at_the_door(head, order)
+        if refused is None and head.chain and self._link in head.chain:
+            refused = self._would_wait_for_itself(head)
+        if refused is not None:
+            return refused
+        if self._turns.try_enter():
+            return self._recorded(self._answer_in_turn, head, order, body, (), connection)  # type: ignore[no-any-return]  # as that
+        if self._turns.waiting >= self._host.boot.mailbox:
+            return FULL
+        self._line_up([(head, order, body, (), connection, reply)])
+        return None
+
+    def _would_wait_for_itself(self, head: Call) -> bytes:
+        birds = " -> ".join(repr(name) for _, name in (*head.chain, self._link))
+        text = f"the call would wait for itself: {birds}; use cast, or make the methods of {self.name!r} async def"
+        return refusal(text, "CallCycle")
 
     def _line_up(self, messages: Sequence[Message]) -> None:
         for message in messages:
@@ -179,6 +204,87 @@ class LightLife(TurnLife):
             self._end_in_turn(reason)
         finally:
             self._turns.leave()
+
+
+class Batch:
+    """Calls of many birds that came together. One thread runs those it can at once; while it is held up by one, another goes on.
+
+    Args:
+        number: of the frame, for the answers.
+    """
+
+    def __init__(self, host: LightHost, caller: Caller, number: int, head: CallMany, body: memoryview) -> None:
+        self._host, self._caller, self._number, self._lives = host, caller, number, head.lives
+        self._heads = [Call(head.caller, _NO_DOT, method, head.chain, head.cast) for method in head.methods]
+        self._calls = enumerate(decode_calls(body))
+        self._lock = threading.Lock()  # guards what follows
+        self._answers: list[tuple[int, bytes]] = []  # not sent yet
+        self._size = 0  # of these
+        self._taken = self._seen = 0
+        self._timer = host.scheduler.add(SLOW, True, self._look)
+
+    def run(self) -> bytes | None:
+        """Runs what is left. Returns the answers that are there; others are sent when they are."""
+        for place, life, head, body in iter(self._take, None):
+            answer = self._answer(place, life, head, body)
+            if answer is None:
+                continue
+            with self._lock:
+                full = self._pop_answers() if self._size + len(answer) > LONGEST else None
+                self._answers.append((place, answer))
+                self._size += len(answer)
+            self._send(full)
+        with self._lock:
+            return self._pop_answers()
+
+    def _pop_answers(self) -> bytes | None:
+        answers, self._answers, self._size = self._answers, [], 0
+        return encode_answers(answers) if answers else None
+
+    def _take(self) -> tuple[int, HostedLife | None, Call, memoryview] | None:
+        """The next call, for one thread."""
+        with self._lock:
+            place, call = next(self._calls, (0, None))
+            self._taken += 1
+            if call is None:
+                self._timer.cancelled = True
+                return None
+        life, method, counter, body = call
+        return place, self._host.life_of(Dot(self._lives[life], counter)), self._heads[method], body
+
+    def _answer(self, place: int, life: HostedLife | None, head: Call, body: memoryview) -> bytes | None:
+        if isinstance(life, LightLife):
+            response = life.take_one(head, place, body, self._caller, partial(self._late, place))
+            return None if response is None else self._host.framed(response)
+        if life is not None:
+            self._host.run_on_loop(life, head, place, body, self._caller, partial(self._late, place))
+            return None
+        return MOVED
+
+    def _late(self, place: int, response: Response) -> tuple[Caller, int, bytes]:
+        """What answers a call that had to wait for its turn."""
+        return self._caller, self._number, encode_answers([(place, self._host.framed(response))])
+
+    def _send(self, answers: bytes | None) -> None:
+        if answers is not None:
+            together = Answers()
+            together.add(self._caller, self._number, answers)
+            self._host.send_answers(together)
+
+    def _look(self, timer: Entry) -> None:
+        """If the thread that runs these calls is held up, sends what it has, and has another go on."""
+        timer.pending = False
+        with self._lock:
+            held_up = self._taken == self._seen
+            self._seen = self._taken
+            answers = self._pop_answers() if held_up else None
+        self._send(answers)
+        if held_up:
+            self._host.run_soon(self._go_on)
+
+    def _go_on(self) -> tuple[Caller, int, bytes] | None:
+        answers = self.run()
+        return None if answers is None else (self._caller, self._number, answers)
 
 
 class LightAsyncLife(AsyncLife):
@@ -306,6 +412,8 @@ class LightHost(AsyncHost):
     def _call_frame(self, caller: Caller, number: int, message: memoryview) -> Answered:
         head, order, body = decode_call(message)
         life: HostedLife | None
+        if isinstance(head, CallMany):
+            return Batch(self, caller, number, head, body).run()
         if isinstance(head, Pull):
             reading = self.readings.get((head.caller, head.order))
             life = reading.life if reading is not None else None
@@ -348,6 +456,16 @@ class LightHost(AsyncHost):
         if not isinstance(life, LightAsyncLife):
             return MOVED
         return await Recorded(self.recorder, life.dot, life.call(head, order, body, extra, connection))
+
+    def run_on_loop(self, life: HostedLife, head: Call, place: int, body: memoryview, caller: Caller, reply: Reply) -> None:
+        """Runs a call of a `CallMany` of a bird with `async def` methods."""
+        self._loop.call_soon_threadsafe(lambda: self._track(self._run_one(life, head, place, body, caller, reply)))
+
+    async def _run_one(self, life: HostedLife, head: Call, place: int, body: memoryview, caller: Caller, reply: Reply) -> None:
+        if isinstance(life, LightAsyncLife):
+            answered = reply(await Recorded(self.recorder, life.dot, life.call(head, place, body, (), caller, in_order=False)))
+            if answered is not None and isinstance(answered[2], bytes):
+                self._answer(answered[0], answered[1], answered[2])
 
     async def recorded(self, life: HostedLife, work: Coroutine[Any, Any, Any]) -> Any:
         """Runs code of a bird on the loop: if the process dies in one of its steps, that is counted against it."""

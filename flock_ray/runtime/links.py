@@ -95,6 +95,8 @@ class NestLink(Protocol):
 
     def read(self, query: bytes) -> Reply: ...
 
+    def routes(self, query: bytes) -> Reply: ...
+
 
 class Links(Protocol):
     """Where links come from."""
@@ -251,6 +253,9 @@ class RayNestLink(_RayLink):
 
     def read(self, query: bytes) -> RayReply:
         return RayReply(self.handle.read.remote(query), self)
+
+    def routes(self, query: bytes) -> RayReply:
+        return RayReply(self.handle.routes.remote(query), self)
 
 
 class RayLinks:

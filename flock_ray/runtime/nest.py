@@ -13,10 +13,12 @@ import pickle
 import random
 import sys
 import time
+import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import psutil
@@ -36,7 +38,7 @@ from flock_ray.runtime.listener import NEST_SOCKET, Refusals
 from flock_ray.runtime.members import Members
 from flock_ray.runtime.peers import Door, Wire, Wires
 from flock_ray.runtime.tls import contexts
-from flock_ray.specs import Life
+from flock_ray.specs import Life, Name
 
 logger = logging.getLogger("flock_ray.nest")
 
@@ -68,7 +70,7 @@ class Nest:
         self._peers: dict[str, ActorHandle[Any]] = {}
         self._finding: set[str] = set()
         self._outbox: dict[str, list[tuple[Life, msg.Envelope]]] = {}
-        self._replies: dict[str, asyncio.Future[ev.Outcome]] = {}
+        self._replies: dict[str, Callable[[ev.Outcome], object]] = {}
         self._flushed = 0.0  # when, on the loop's clock
         self._flush_timer: asyncio.TimerHandle | None = None
         self._wake: asyncio.TimerHandle | None = None
@@ -218,12 +220,13 @@ class Nest:
 
     # Events in, effects out
 
-    def _handle(self, event: ev.Event) -> None:
+    def _handle(self, *events: ev.Event) -> None:
         registry = self._registry
         if registry is None or self._ending:  # a flock that ends hatches nothing any more
             return
-        for effect in registry.handle(event, time.monotonic()):
-            getattr(self, f"_do_{type(effect).__name__}")(effect)
+        for event in events:
+            for effect in registry.handle(event, time.monotonic()):
+                getattr(self, f"_do_{type(effect).__name__}")(effect)
         if self._outbox and self._flush_timer is None:
             self._flush_timer = self._loop.call_at(self._flushed + FLUSH, self._flush)
         if registry.membership.ready and not self._ready.is_set():
@@ -314,9 +317,9 @@ class Nest:
         self._task(self._in_background(cluster.request_resources, bundles))
 
     def _do_Reply(self, effect: do.Reply) -> None:
-        future = self._replies.pop(effect.request, None)
-        if future is not None and not future.done():
-            future.set_result(effect.outcome)
+        take = self._replies.pop(effect.request, None)
+        if take is not None:
+            take(effect.outcome)
 
     def _do_Emit(self, effect: do.Emit) -> None:
         self._notices.append(effect.notice)
@@ -367,19 +370,58 @@ class Nest:
 
     async def ask(self, request: bytes) -> bytes:
         """A client's request: a pickled event of `core/events.py`; the answer is a pickled outcome. May take as long as its timeout."""
-        event = pickle.loads(request)
+        asked = pickle.loads(request)
+        if isinstance(asked, tuple):
+            outcomes = await self._outcomes(asked)
+            plain = [one.dot if isinstance(one, ev.Accepted) and not one.existed else one for one in outcomes]
+            return pickle.dumps(plain, protocol=5)
+        if isinstance(asked, ev.Cancel):
+            self._handle(asked)
+            return pickle.dumps(ev.Done())
+        return pickle.dumps((await self._outcomes((asked,)))[0])
+
+    async def _outcomes(self, events: tuple[Any, ...]) -> list[ev.Outcome]:
+        """How requests end, in order; of a start that was accepted anew, in many, just the dot."""
         await self._booted.wait()
         if self._ending:
-            text = f"flock {self._record.flock!r} is being destroyed; try again when that is done"
-            return pickle.dumps(ev.Refused("FlockNotRunning", text, event.name))
-        if isinstance(event, ev.Start):
-            event = replace(event, wall=time.time_ns())
-        if isinstance(event, ev.Cancel):
-            self._handle(event)
-            return pickle.dumps(ev.Done())
-        future = self._replies[event.request] = self._loop.create_future()
-        self._handle(event)
-        return pickle.dumps(await future)
+            return [self._refused_at_the_end(event.name) for event in events]
+        outcomes: list[Any] = [None] * len(events)
+        left, done = len(events), self._loop.create_future()
+
+        def take(place: int, outcome: ev.Outcome) -> None:
+            nonlocal left
+            outcomes[place] = outcome
+            left -= 1
+            if not left and not done.done():
+                done.set_result(None)
+
+        wall = time.time_ns()
+        for place, event in enumerate(events):
+            self._replies[event.request] = partial(take, place)
+        self._handle(*[replace(event, wall=wall) if isinstance(event, ev.Start) else event for event in events])
+        if left:
+            await done
+        return outcomes
+
+    def _refused_at_the_end(self, name: Name) -> ev.Refused:
+        text = f"flock {self._record.flock!r} is being destroyed; try again when that is done"
+        return ev.Refused("FlockNotRunning", text, name)
+
+    async def routes(self, query: bytes) -> bytes:
+        """Where birds can be called, of many names: waits for those that do not run yet. Answers a `Routes`."""
+        names, timeout = pickle.loads(query)
+        await self._ready.wait()
+        registry = self._registry
+        assert registry is not None
+        places, rows = readings.routes(registry, names)
+        missing = [place for place, row in enumerate(rows) if row is None]
+        refused: dict[int, ev.Outcome] = {}
+        if missing:
+            asked = tuple(ev.Locate(uuid.uuid4().hex, names[place], "running", timeout) for place in missing)
+            outcomes = await self._outcomes(asked)
+            places, rows = readings.routes(registry, names)
+            refused = {place: outcome for place, outcome in zip(missing, outcomes, strict=True) if rows[place] is None}
+        return pickle.dumps(ev.Routes(tuple(places), tuple(rows), refused), protocol=5)
 
     async def read(self, query: bytes) -> bytes:
         """A pickled question about birds or nests, answered from the replica."""
@@ -391,6 +433,8 @@ class Nest:
             answer: Any = readings.info(registry, *rest)
         elif kind == "birds":
             answer = readings.birds(registry, *rest)
+        elif kind == "names":
+            answer = readings.names(registry, *rest)
         elif kind == "count":
             answer = len(registry.replica)
         elif kind == "nests":
@@ -441,10 +485,8 @@ class Nest:
         if self._ending:
             return
         self._ending = True
-        for future in self._replies.values():
-            if not future.done():
-                text = f"flock {self._record.flock!r} is being destroyed; try again when that is done"
-                future.set_result(ev.Refused("FlockNotRunning", text, ""))
+        for take in self._replies.values():
+            take(self._refused_at_the_end(""))
         await self._hosts.end_all("shutdown", SHUTDOWN)
         for task in self._tasks:
             task.cancel()
@@ -487,6 +529,7 @@ class Nest:
 _ANSWERED: dict[str, Callable[..., Awaitable[bytes | None]]] = {
     "ask": Nest.ask,
     "read": Nest.read,
+    "routes": Nest.routes,
     "say": Nest.host_says,
     "pid": Nest.packed_pid,
     "ready": Nest.ready,

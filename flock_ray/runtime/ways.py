@@ -166,6 +166,9 @@ class DirectNestLink(SocketLink):
     def read(self, query: bytes) -> Reply:
         return self.transmit(CALL, wire.encode(wire.ForNest("read"), query))
 
+    def routes(self, query: bytes) -> Reply:
+        return self.transmit(CALL, wire.encode(wire.ForNest("routes"), query))
+
     def ready(self, timeout: float) -> None:
         """Waits until it has its view and acts. Raises `Down`, `NoAnswer`."""
         self.transmit(CALL, wire.encode(wire.ForNest("ready"))).get(timeout)

@@ -153,6 +153,7 @@ def test_unknown_settings_and_options_are_named(flyground, name):
         flock_ray.options(lifetime="detached")
 
 
+@pytest.mark.own_process("it asks for resources")
 def test_resources_that_no_node_has(flyground, name):
     flock_ray.options(resources={"unobtainium": 1}).start(name, birds.Counter)
     info = eventually(lambda: flock_ray.info(name), "it is known")

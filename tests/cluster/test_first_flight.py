@@ -121,6 +121,7 @@ def test_a_call_from_another_node_right_after_the_start_finds_the_bird(flyground
         flock_ray.stop(f"{name}/{i}")
 
 
+@pytest.mark.own_process("what it says of one")
 def test_what_the_flock_knows(flyground, name):
     flock_ray.start((name, 1), birds.Counter)
     flock_ray.start((name, 2), birds.Counter)

@@ -55,6 +55,7 @@ def test_a_started_name_runs_at_the_owner_its_ring_gives_it(flyground, flock_of_
     assert all(flock_ray.call(n, "where") == place for n, place in owners(flock_of_ten).items())
 
 
+@pytest.mark.own_process("neighbours of a light one get another process")
 def test_a_crash_is_restarted_on_the_same_node_with_fresh_state_and_nobody_else_notices(flyground, flock_of_ten):
     name = flock_of_ten[0]
     pids = {n: flock_ray.call(n, "pid") for n in flock_of_ten}
@@ -69,6 +70,7 @@ def test_a_crash_is_restarted_on_the_same_node_with_fresh_state_and_nobody_else_
     assert {n: flock_ray.call(n, "pid") for n in flock_of_ten[1:]} == {n: pids[n] for n in flock_of_ten[1:]}
 
 
+@pytest.mark.own_process("neighbours of a light one get another process")
 def test_four_crashes_within_seconds_harm_no_other_bird_of_the_node(flyground, flock_of_ten):
     """In Flock all 20 birds of the node were gone for ever (RAY_FACTS)."""
     name = flock_of_ten[1]
@@ -113,6 +115,7 @@ def test_no_bird_notices_when_its_nest_dies(flyground, flock_of_ten):
     assert all(flock_ray.call(n, "get") == 8 for n in flock_of_ten)
 
 
+@pytest.mark.own_process("its process ends")
 def test_a_stop_while_its_nest_is_away_is_honoured(flyground, flock_of_ten):
     name = flock_of_ten[2]
     pid = flock_ray.call(name, "pid")
@@ -151,9 +154,9 @@ def test_a_temporary_bird_is_not_restarted_and_a_permanent_one_always(flyground,
     with pytest.raises(flock_ray.BirdUnavailable):
         flock_ray.call(name, "die")
     flock_ray.wait(name, "gone", timeout=30)
-    pid = flock_ray.call(name + "/p", "pid")
+    flock_ray.call(name + "/p", "add", 3)
     flock_ray.call(name + "/p", "retire")
-    eventually(lambda: flock_ray.call(name + "/p", "pid") != pid, "a new life")
+    eventually(lambda: flock_ray.call(name + "/p", "get") == 0, "a new life")
     flock_ray.stop(name + "/p")
 
 

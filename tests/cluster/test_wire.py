@@ -81,7 +81,7 @@ def scribe(request, flyground, name):
 
 
 def way_to(bird):
-    return client_of("default")._routes[bird.name][1]
+    return client_of("default")._ways[bird.name].link
 
 
 def test_calls_go_straight_to_the_bird(scribe):
@@ -144,6 +144,7 @@ def test_a_host_that_dies_in_a_call_is_told_at_once(flyground, name):
     assert bird.pid.options(retry=True)() != pid
 
 
+@pytest.mark.own_process("its process ends")
 def test_sockets_of_dead_hosts_are_cleared_away(flyground, name):
     bird = flock_ray.start(name, Scribe)
     pid = bird.pid()
@@ -165,7 +166,7 @@ def test_without_the_secret_nobody_is_heard_and_the_caller_takes_ray(flyground, 
     monkeypatch.setattr(Connection, "_proof", lambda self, part, nonce: bytes(32))
     try:
         assert flock_ray.call(name, "echo", 5) == 5
-        assert isinstance(client._routes[name][1], RayLink)
+        assert isinstance(client._ways[name].link, RayLink)
     finally:
         client.links._unreached.clear()
 
@@ -378,7 +379,7 @@ def test_a_bird_that_listens_nowhere_is_called_by_ray(flyground, name):
     try:
         bird = lake.start(name, Scribe)
         assert bird.echo(3) == 3
-        assert isinstance(client_of("lake")._routes[name][1], RayLink)
+        assert isinstance(client_of("lake")._ways[name].link, RayLink)
     finally:
         lake.destroy()
         flock_ray.init("default")

@@ -121,12 +121,13 @@ class Pair:
         name: str = "h",
         state: bytes | None = None,
         slots: int = 1,
+        threads: int = 16,
         **config: Any,
     ) -> None:
         self.nest = Nest()
         self.codes: list[int] = []
         host = f"async:{name}" if is_async else name
-        boot = HostBoot(host, "default", LIFE, 1e6, str(folder), os.getpid(), Life("node", 1), mailbox, SECRET)
+        boot = HostBoot(host, "default", LIFE, 1e6, str(folder), os.getpid(), Life("node", 1), mailbox, SECRET, threads=threads)
         brought = f'{{"async": {json.dumps(is_async)}}}'
         options = Options(max_concurrency=slots, light=self.light)
         spec = Spec("m", "C", "digest", pickle.dumps(((), {})), options, brought, Stamp(0, 0), "r")

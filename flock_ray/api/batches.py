@@ -1,0 +1,210 @@
+"""Many at once: `start_many`, `call_many`, `cast_many`, `stop_many`, `ask_all`; what `Flock` and its coroutines have in common.
+
+Rules kept here: what cannot be right (an item of a wrong form) is refused before anything is sent; what fails for one bird has its place
+in the list, as in `asyncio.gather`, and is raised when all others have ended, unless `return_exceptions` is given.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from flock_ray.api.bird import Bird, check_method, check_timeout
+from flock_ray.api.options import methods, resolve, unwrap
+from flock_ray.api.requests import Requests
+from flock_ray.api.starting import fill, make_template
+from flock_ray.errors import FlockNotRunning
+from flock_ray.runtime import inside
+from flock_ray.runtime.batches import Batch, Request
+from flock_ray.runtime.client import DEFAULT, Client, Lanes, client_of
+from flock_ray.runtime.pending import Default
+from flock_ray.specs import Dot, Name, Spec, check_name
+
+Came = Callable[[int], object]
+
+
+class Batches(Requests):
+    """The part of a flock that does many things at once. All of it blocks."""
+
+    def _start_many(self, given: Mapping[str, Any], birds: Iterable[Any], return_exceptions: bool, progress: bool) -> list[Any]:
+        wanted = [self._start_item(place, item) for place, item in enumerate(birds)]
+        for cls in {id(cls): cls for _, cls, _, _ in wanted}.values():
+            resolve(cls, given)
+        client = client_of(self.name)
+        config = client.courier.run(client.asks.ensure({}))
+        outcomes: list[Any] = [None] * len(wanted)
+        templates: dict[int, tuple[Spec, bytes, tuple[str, ...]]] = {}
+        starts: list[tuple[Name, Spec, bytes]] = []
+        places: list[int] = []
+        batch = uuid.uuid4().hex
+        for place, (name, cls, args, kwargs) in enumerate(wanted):
+            template = templates.get(id(cls))
+            if template is None:
+                template = templates[id(cls)] = (*make_template(cls, given), tuple(methods(unwrap(cls)[0])))
+            try:
+                spec = fill(template[0], name, args, kwargs, config.start_argument_limit, f"{batch}{place:x}")
+            except (TypeError, ValueError) as error:
+                outcomes[place] = error
+                continue
+            starts.append((name, spec, template[1]))
+            places.append(place)
+        with shown("started", len(wanted), progress) as came:
+            accepted = client.courier.run(self._accepted(client, starts, came))
+        for place, outcome in zip(places, accepted, strict=True):
+            name, cls, _, _ = wanted[place]
+            if isinstance(outcome, BaseException):
+                outcomes[place] = outcome
+                continue
+            if not outcome.existed:
+                client.outdate(name)
+            outcomes[place] = Bird(client.flock, name, outcome.dot, templates[id(cls)][2])
+        return _settled(outcomes, [one for one in outcomes if isinstance(one, BaseException)], return_exceptions)
+
+    async def _accepted(self, client: Client, starts: Sequence[tuple[Name, Spec, bytes]], came: Came) -> list[Any]:
+        until = self._until(client, DEFAULT)
+        outcomes = await client.asks.start_many(starts, time.time_ns(), until, came)
+        gone = [place for place, outcome in enumerate(outcomes) if isinstance(outcome, FlockNotRunning)]
+        if gone:  # as for a single start: somebody else destroyed the flock that this process knew, and a start begins another
+            client.asks.forget()
+            await client.asks.ensure({})
+            again = await client.asks.start_many([starts[place] for place in gone], time.time_ns(), until, lambda _: None)
+            for place, outcome in zip(gone, again, strict=True):
+                outcomes[place] = outcome
+        return outcomes
+
+    def _start_item(self, place: int, item: object) -> tuple[Name, Any, tuple[Any, ...], dict[str, Any]]:
+        name, cls, args, kwargs = _item("start_many", "(name, cls, args, kwargs)", place, item)
+        check_name(name)
+        return name, cls, args, kwargs
+
+    def _call_many(
+        self,
+        calls: Iterable[Any],
+        timeout: float | Default | None,
+        retry: bool,
+        return_exceptions: bool,
+        progress: bool,
+        lanes: Lanes | None = None,
+    ) -> list[Any]:
+        client, requests = self._requests("call_many", calls)
+        outcomes, failed = self._made(client, requests, timeout, retry, False, "called", progress, lanes)
+        return _settled(outcomes, failed, return_exceptions)
+
+    def _cast_many(self, casts: Iterable[Any], progress: bool, lanes: Lanes | None = None) -> None:
+        client, requests = self._requests("cast_many", casts)
+        _settled([], self._made(client, requests, DEFAULT, False, True, "cast", progress, lanes)[1], False)
+
+    def _ask_all(
+        self,
+        method: str | Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        of: object,
+        prefix: object,
+        timeout: float | Default | None,
+        return_exceptions: bool,
+        progress: bool,
+        lanes: Lanes | None = None,
+    ) -> dict[Any, Any]:
+        client = client_of(self.name)
+        names = client.courier.run(self._names(prefix, of))
+        text = self._method_text(method, None)
+        requests = [Request(name, None, text, args, kwargs) for name in names]
+        outcomes, failed = self._made(client, requests, timeout, False, False, "asked", progress, lanes)
+        return dict(zip(names, _settled(outcomes, failed, return_exceptions), strict=True))
+
+    def _stop_many(self, names: Iterable[Any], return_exceptions: bool, progress: bool) -> list[Any]:
+        targets = [self._target(name) for name in names]
+        for place, (client, _, _) in enumerate(targets):
+            self._check_flock("stop_many", place, client)
+        client = client_of(self.name)
+        with shown("stopped", len(targets), progress) as came:
+            outcomes = client.courier.run(self._stopped(client, [(name, dot) for _, name, dot in targets], came))
+        for _, name, _ in targets:
+            client.outdate(name)
+        return _settled(outcomes, [one for one in outcomes if one is not None], return_exceptions)
+
+    async def _stopped(self, client: Client, birds: Sequence[tuple[Name, Dot | None]], came: Came) -> list[BaseException | None]:
+        await client.asks.config()
+        return await client.asks.stop_many(birds, self._until(client, DEFAULT), came)
+
+    # What they share
+
+    def _requests(self, what: str, items: Iterable[Any]) -> tuple[Client, list[Request]]:
+        requests = []
+        for place, item in enumerate(items):
+            name, method, args, kwargs = _item(what, "(name, method, args, kwargs)", place, item)
+            client, plain, dot = self._target(name)
+            self._check_flock(what, place, client)
+            requests.append(Request(plain, dot, self._method_text(method, plain), args, kwargs))
+        return client_of(self.name), requests
+
+    def _check_flock(self, what: str, place: int, client: Client) -> None:
+        if client.flock != self.name:
+            text = f"{what} is for birds of one flock, {self.name!r}; item {place} is of {client.flock!r}"
+            raise TypeError(f"{text}: use Flock({client.flock!r}).{what}")
+
+    def _method_text(self, method: object, name: Name | None) -> str:
+        text = method if isinstance(method, str) else getattr(method, "__name__", None)
+        if not isinstance(text, str) or not (isinstance(method, str) or callable(method)):
+            raise TypeError(f"a method is given by its name or as Class.method, not as {type(method).__name__}: {method!r}")
+        check_method(text, name)
+        return text
+
+    def _made(
+        self,
+        client: Client,
+        requests: Sequence[Request],
+        timeout: float | Default | None,
+        retry: bool,
+        cast: bool,
+        what: str,
+        progress: bool,
+        lanes: Lanes | None,
+    ) -> tuple[list[Any], list[BaseException]]:
+        if inside.in_async_method() and not cast:
+            raise RuntimeError("call_many here would stop the event loop of this bird; await flock_ray.aio.call_many(...)")
+        client.check_process()
+        client.courier.run(client.asks.config())
+        until = self._until(client, check_timeout(timeout) if timeout is not DEFAULT else DEFAULT)
+        with shown(what, len(requests), progress) as came:
+            batch = Batch(client, requests, until, retry, cast, came, lanes)
+            outcomes = batch.run()
+        for place, error in batch.failed.items():
+            outcomes[place] = error
+        return outcomes, [batch.failed[place] for place in sorted(batch.failed)]
+
+
+def _item(what: str, form: str, place: int, item: object) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
+    """An item of a batch, whose arguments may be left out."""
+    if isinstance(item, tuple | list) and 2 <= len(item) <= 4:
+        name, second, *rest = item
+        args, kwargs = (*rest, (), {})[:2] if len(rest) != 1 else (rest[0], {})
+        if isinstance(args, tuple | list) and isinstance(kwargs, dict):
+            return name, second, tuple(args), kwargs
+    raise TypeError(f"{what} takes items {form}, of which args and kwargs may be left out; item {place} is {item!r}")
+
+
+def _settled(outcomes: list[Any], failed: Sequence[BaseException], return_exceptions: bool) -> list[Any]:
+    if failed and not return_exceptions:
+        raise failed[0]
+    return outcomes
+
+
+@contextmanager
+def shown(what: str, total: int, progress: bool) -> Iterator[Came]:
+    """A progress bar, if one is wanted, and what to tell how many more are done."""
+    if not progress:
+        yield lambda _: None
+        return
+    try:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    except ImportError as error:
+        raise ImportError('progress=True needs rich: pip install "flock_ray[demo]"') from error
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda more: bar.advance(task, more)

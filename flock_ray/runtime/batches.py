@@ -1,0 +1,295 @@
+"""Many calls at once: those of light birds go host by host, many in a frame; all others as they would one by one.
+
+Rules kept here: a batch's messages to a bird keep their order with what their caller has sent it before (C2). So one whose lane is busy, or
+who is called more than once in the batch, is called by its lane; and so is one that has moved, or does not run yet, once that is known.
+What runs here runs on the caller's thread, as a call does; results are unpickled there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from flock_ray import errors
+from flock_ray.core import wire
+from flock_ray.core.connection import LONGEST
+from flock_ray.runtime import inside, payload
+from flock_ray.runtime.client import Client, Lanes
+from flock_ray.runtime.links import Link, Way
+from flock_ray.runtime.pending import FOREVER, CallFuture, open_raw, value_of
+from flock_ray.runtime.processes import LIGHT
+from flock_ray.runtime.replies import Down, NoAnswer, Raw, Reply
+from flock_ray.specs import Dot, Life, Name, Route
+
+FRAME = 500  # calls in a frame: a host runs them in some 3 ms, and answers together
+SMALL = 10_000  # bytes of the arguments of one
+
+_EMPTY = payload.pack(((), {}), what="")[0]
+
+
+class Request(NamedTuple):
+    """One call of a batch."""
+
+    name: Name
+    dot: Dot | None
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Sent(NamedTuple):
+    """A frame that is under way."""
+
+    reply: Reply
+    link: Link
+    caller: str
+    places: list[int]
+    dots: list[Dot]
+
+
+class Batch:
+    """Calls that are made together.
+
+    Args:
+        requests: in order.
+        until: on the client's clock, when patience ends.
+        came: is told how many more have ended.
+        lanes: of the caller, if it is not who makes this.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        requests: Sequence[Request],
+        until: float,
+        retry: bool,
+        cast: bool,
+        came: Callable[[int], object],
+        lanes: Lanes | None = None,
+    ) -> None:
+        self._client = client
+        self._lanes = client.lanes_here() if lanes is None else lanes
+        self._requests = requests
+        self._until = until
+        self._retry = retry
+        self._cast = cast
+        self._came = came
+        self._outcomes: list[Any] = [None] * len(requests)
+        self._failed: dict[int, BaseException] = {}
+        self._bodies: dict[int, bytes] = {}
+        self._chain = inside.current_chain() if not cast else ()
+
+    def run(self) -> list[Any]:
+        """Makes the calls. Returns results and exceptions, in order: `failed` tells them apart."""
+        with inside.waiting():
+            together, alone = self._sort()
+            ways = self._ways([self._requests[place].name for place in together])
+            sent, rest = self._send(together, ways)
+            alone += rest
+            alone += self._collect(sent)
+        self._one_by_one(sorted(alone))
+        return self._outcomes
+
+    @property
+    def failed(self) -> dict[int, BaseException]:
+        """The errors, by place."""
+        return self._failed
+
+    def _sort(self) -> tuple[list[int], list[int]]:
+        """The places of those that may go together, and of those that must keep an order."""
+        counts = Counter(request.name for request in self._requests)
+        busy = {name for name, lane in tuple(self._lanes.items()) if not lane.idle}
+        together: list[int] = []
+        alone: list[int] = []
+        for place, request in enumerate(self._requests):
+            if counts[request.name] > 1 or request.name in busy:
+                alone.append(place)
+                continue
+            if request.args or request.kwargs:
+                body, extra = self._client.pack(request.name, request.method, request.args, request.kwargs)
+                if extra or len(body) > SMALL:
+                    alone.append(place)
+                    continue
+                self._bodies[place] = body
+            together.append(place)
+        return together, alone
+
+    def _ways(self, names: Sequence[Name]) -> dict[Name, Way]:
+        """The ways that are known, or that a nest knows; those to birds that do not run in time are missing."""
+        client = self._client
+        ways: dict[Name, Way] = {}
+        unknown = []
+        for name in names:
+            way = client.known(name)
+            if way is not None:
+                ways[name] = way
+            else:
+                unknown.append(name)
+        if unknown:
+            client.courier.run(self._find(unknown, ways))
+        return ways
+
+    async def _find(self, names: Sequence[Name], ways: dict[Name, Way]) -> None:
+        client = self._client
+        await client.asks.config()
+        links: dict[str, Link | None] = {}
+        async for part, routes in client.asks.routes(names, self._until):
+            for name, row in zip(part, routes.rows, strict=True):
+                if row is None:
+                    continue
+                node, host, address, is_async = routes.places[row[0]]
+                route = Route(name, row[1], row[2], node, host, address, is_async)
+                if host not in links:
+                    try:
+                        links[host] = await client.courier.blocking(client.links.host, route)
+                    except Down:
+                        links[host] = None
+                link = links[host]
+                if link is not None:
+                    ways[name] = client.learn(route, link)
+
+    def _send(self, together: Iterable[int], ways: dict[Name, Way]) -> tuple[list[Sent], list[int]]:
+        """Sends what can go in frames. Returns these, and the places of all others."""
+        by_link: dict[int, tuple[Link, list[tuple[int, Way]]]] = {}
+        rest = []
+        for place in together:
+            way = ways.get(self._requests[place].name)
+            if way is None or way.link.path == "ray" or not way.route.host.startswith(LIGHT):
+                rest.append(place)
+            else:
+                by_link.setdefault(id(way.link), (way.link, []))[1].append((place, way))
+        sent = []
+        for link, calls in by_link.values():
+            at = 0
+            while at < len(calls):
+                end, size = at, 0
+                while end < len(calls) and end - at < FRAME and size < LONGEST // 2:
+                    size += len(self._bodies.get(calls[end][0], _EMPTY))
+                    end += 1
+                sent.append(self._frame(link, calls[at:end]))
+                at = end
+        return sent, rest
+
+    def _frame(self, link: Link, calls: Sequence[tuple[int, Way]]) -> Sent:
+        lives: dict[Life, int] = {}
+        methods: dict[str, int] = {}
+        rows, places, dots = [], [], []
+        for place, way in calls:
+            dot, method = way.route.dot, self._requests[place].method
+            life = lives.setdefault(dot.life, len(lives))
+            rows.append((life, methods.setdefault(method, len(methods)), dot.counter, self._bodies.get(place, _EMPTY)))
+            places.append(place)
+            dots.append(dot)
+        caller = self._client.new_caller()
+        head = wire.CallMany(caller, tuple(lives), tuple(methods), self._chain, self._cast)
+        return Sent(link.pull(wire.encode_calls(head, rows), len(rows)), link, caller, places, dots)
+
+    # Answers
+
+    def _collect(self, sent: Iterable[Sent]) -> list[int]:
+        """Waits for all answers. Returns the places of those that did not run, and are to be called once more."""
+        again: list[int] = []
+        for frame in sent:
+            left = set(range(len(frame.places)))
+            try:
+                while left:
+                    again += self._take(frame, frame.reply.get(self._seconds()), left)
+            except NoAnswer:
+                frame.reply.forget()
+                self._late(frame, left)
+            except Down as down:
+                again += self._lost(frame, left, down)
+        return again
+
+    def _seconds(self) -> float | None:
+        return None if self._until == FOREVER else max(0.0, self._until - self._client.clock())
+
+    def _take(self, frame: Sent, raw: Raw, left: set[int]) -> list[int]:
+        again = []
+        answers = wire.decode_answers(raw.message)
+        for at, body, is_plain in answers:
+            left.discard(at)
+            place = frame.places[at]
+            request = self._requests[place]
+            try:
+                if is_plain:
+                    self._outcomes[place] = payload.unpack(body, ())
+                    continue
+                opened = open_raw(Raw(bytes(body)))
+                if opened.answer.kind == "parcel":
+                    opened = open_raw(frame.link.fetch(opened.answer.text).get(self._seconds()))
+                if opened.answer.kind in ("moved", "full"):
+                    again.append(place)
+                else:
+                    self._outcomes[place] = value_of(opened, request.name, request.method)
+            except Down as down:
+                self._fail(place, self._unavailable(request, down))
+            except NoAnswer:
+                self._fail(place, self._timed_out(request))
+            except BaseException as error:  # the bird's own, or of a class that does not unpickle here
+                self._fail(place, errors.RemoteError(str(error), request.name) if is_plain else error)
+        self._came(len(answers) - len(again))
+        return again
+
+    def _late(self, frame: Sent, left: Iterable[int]) -> None:
+        for at in left:
+            place = frame.places[at]
+            frame.link.control(wire.encode(wire.Withdraw(frame.caller, at, frame.dots[at])))
+            self._fail(place, self._timed_out(self._requests[place]))
+
+    def _lost(self, frame: Sent, left: Iterable[int], down: Down) -> list[int]:
+        again = []
+        for at in left:
+            place = frame.places[at]
+            self._client.outdate(self._requests[place].name)
+            if self._retry or not down.ran:
+                again.append(place)
+            elif not self._cast:
+                self._fail(place, self._unavailable(self._requests[place], down))
+        return again
+
+    def _timed_out(self, request: Request) -> errors.CallTimeout:
+        return errors.CallTimeout(f"{request.method!r} of bird {request.name!r} has not answered in time; it may still run", request.name)
+
+    def _unavailable(self, request: Request, down: Down) -> errors.BirdUnavailable:
+        text = f"the host of bird {request.name!r} went away: {request.method!r} may or may not have run"
+        error = errors.BirdUnavailable(f"{text}; call again if it can be repeated, or use retry=True", request.name)
+        error.__cause__ = down
+        return error
+
+    def _fail(self, place: int, error: BaseException) -> None:
+        self._failed[place] = error
+
+    # One by one
+
+    def _one_by_one(self, places: Sequence[int]) -> None:
+        """Through the lanes, all at once, as far as the window reaches."""
+        flying: list[tuple[int, CallFuture]] = []
+        for place in places:
+            request = self._requests[place]
+            try:
+                if self._cast:
+                    self._client.cast(*request, lanes=self._lanes)
+                    self._came(1)
+                else:
+                    flying.append((place, self._future(request, flying)))
+            except Exception as error:  # what sending may raise
+                self._fail(place, error)
+        self._wait_for(flying)
+
+    def _future(self, request: Request, flying: list[tuple[int, CallFuture]]) -> CallFuture:
+        try:
+            return self._client.future(*request, self._seconds(), self._retry, self._lanes)
+        except errors.MailboxFull:  # too many of ours are under way
+            self._wait_for(flying)
+            flying.clear()
+            return self._client.future(*request, self._seconds(), self._retry, self._lanes)
+
+    def _wait_for(self, flying: Iterable[tuple[int, CallFuture]]) -> None:
+        for place, future in flying:
+            try:
+                self._outcomes[place] = future.result()
+            except BaseException as error:  # the bird's own, whatever that is
+                self._fail(place, error)
+            self._came(1)
