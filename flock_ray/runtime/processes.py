@@ -27,6 +27,7 @@ from flock_ray.runtime.host import HostBoot
 from flock_ray.runtime.listener import socket_path
 from flock_ray.runtime.peers import Wires
 from flock_ray.runtime.recorder import recorder_path
+from flock_ray.runtime.tether import pid_path
 from flock_ray.specs import Life, Options, Spec
 
 InThread = Callable[..., Awaitable[Any]]
@@ -264,8 +265,8 @@ class Processes:
                 spares.remove(process)  # the next bird of its kind has another started: one that cannot start is not tried in a loop
         self._ended(process, process.killed_for or text)
         if process.pid:
-            socket_path(self.directory, process.pid).unlink(missing_ok=True)
-            recorder_path(self.directory, process.pid).unlink(missing_ok=True)
+            for path in (socket_path, recorder_path, pid_path):
+                path(self.directory, process.pid).unlink(missing_ok=True)
 
     async def end_all(self, reason: str, in_order: Callable[[Process], bool]) -> None:
         """Ends every process: in good order where its lives have ended."""

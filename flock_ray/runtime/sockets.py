@@ -238,7 +238,7 @@ class SocketLink:
         while not self._connection.open:
             data = sock.recv(READ)
             if not data:
-                raise ProtocolError("it closed the connection")
+                raise ConnectionResetError("it closed the connection")
             _, reply = self._connection.receive(data)
             if reply:
                 sock.sendall(reply)

@@ -53,11 +53,16 @@ def started(pid: int) -> int:
     return int(stat.rpartition(")")[2].split()[19])  # the name in parentheses may itself hold spaces and parentheses
 
 
+def pid_path(directory: str | Path, pid: int) -> Path:
+    """The file that says that a host has this pid."""
+    return Path(directory, f"{pid}.json")
+
+
 class PidFile:
     """`<pid>.json` in the session's folder while the host lives: a nest's next life finds its hosts by it (V2)."""
 
     def __init__(self, directory: str, host: str) -> None:
-        self._path = Path(directory) / f"{os.getpid()}.json"
+        self._path = pid_path(directory, os.getpid())
         Path(directory).mkdir(mode=0o700, parents=True, exist_ok=True)
         draft = self._path.with_suffix(".tmp")
         draft.write_text(json.dumps({"pid": os.getpid(), "started": started(os.getpid()), "host": host}))

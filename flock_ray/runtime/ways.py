@@ -233,7 +233,9 @@ class Ways(RayLinks):
             return link
         try:
             made = self._connect(route)
-        except ConnectionRefusedError:  # the host is gone, or a firewall says no: Ray knows, and is asked before a message is risked
+        except (
+            ConnectionError
+        ):  # the host is gone, or a firewall says no: Ray knows, and is asked before a message is risked
             by_ray = self.ray_host(route)
             by_ray.used_at = 0.0
             return by_ray
@@ -244,14 +246,14 @@ class Ways(RayLinks):
         return made
 
     def _connect(self, route: Route) -> DirectLink | None:
-        """A new connection; `None` if there is no way for one. Raises `ConnectionRefusedError` if nobody listens there."""
+        """A new connection; `None` if there is no way for one. Raises `ConnectionError` if nobody listens there, or not any more."""
         record = cluster.record_of(self.flock)
         if not route.address or record is None or cluster.is_ray_client() or self._unreached.get(route.node, 0.0) > time.monotonic():
             return None
         try:
             folder = cluster.folder_of(record, route.node)
             return DirectLink(record.secret, record.life, route.address, folder, self._courier, lambda: self.ray_host(route), self._tls)
-        except ConnectionRefusedError:
+        except ConnectionError:
             raise
         except (OSError, ProtocolError):
             self._unreached[route.node] = time.monotonic() + AGAIN
