@@ -1,7 +1,7 @@
 """Flock's demo, on Ray: names on a real local cluster of several raylets, a node's death, a node's joining, a crash, an exit.
 
 Every step checks what it claims against the ring, and ends the run with a clear sentence and status 1 if it is not so. Run it by
-`scripts/demo [--nodes 4] [--birds 20]`, which sets up all it needs. Bars on a terminal, plain lines elsewhere; Ctrl-C cleans up.
+`scripts/demo [--nodes 4] [--birds 20] [--light]`, which sets up all it needs. Bars on a terminal, plain lines elsewhere; Ctrl-C cleans up.
 """
 
 from __future__ import annotations
@@ -126,14 +126,14 @@ def loads(places: dict[str, str]) -> None:
 class Show:
     """The demo's steps, on one cluster."""
 
-    def __init__(self, cluster: Cluster, workers: list[Any], names: list[str]) -> None:
-        self.cluster, self.workers, self.names = cluster, workers, names
+    def __init__(self, cluster: Cluster, workers: list[Any], names: list[str], light: bool) -> None:
+        self.cluster, self.workers, self.names, self.light = cluster, workers, names, light
 
     def start(self, nodes: int) -> dict[str, str]:
         console.rule("birds start")
         waiting("nests", nodes, lambda: len(flock_ray.nests()))
-        for name in self.names:
-            flock_ray.options(on_error="crash").start(name, Chirper)
+        starter = flock_ray.options(on_error="crash", light=self.light)
+        starter.start_many([(name, Chirper) for name in self.names], progress=console.is_terminal)
         took = waiting("birds", len(self.names), settled(self.names))
         places = replies(self.names)
         console.print(f"{len(self.names)} birds answered {took:.1f} s after they were started")
@@ -164,9 +164,8 @@ class Show:
     def join(self, places: dict[str, str]) -> dict[str, str]:
         console.rule("a node joins")
         before = {info.name: info for info in flock_ray.birds()}
-        for name in self.names:
-            flock_ray.call(name, "chirp")
-        chirps = {name: flock_ray.call(name, "how_many") for name in self.names}
+        flock_ray.call_many([(name, "chirp") for name in self.names])
+        chirps = flock_ray.ask_all("how_many", of=Chirper)
         nests = len(flock_ray.nests())
         newcomer = self.cluster.add_node(num_cpus=1)
         self.workers.append(newcomer)
@@ -232,6 +231,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nodes", type=int, default=4, help="raylets, the head's included (at least 2)")
     parser.add_argument("--birds", type=int, default=20, help="birds to start (at least 2)")
+    parser.add_argument("--light", action="store_true", help="light birds: many in one process. Flock's own demo has 100: --light --birds 100")
     given = parser.parse_args()
     if given.nodes < 2 or given.birds < 2:
         parser.error("the demo needs at least 2 nodes and 2 birds")
@@ -240,7 +240,7 @@ def main() -> int:
         console.print(f"starting a Ray cluster of {given.nodes} nodes")
         with local_cluster(given.nodes) as (cluster, workers):
             flock_ray.init()
-            show = Show(cluster, workers, names)
+            show = Show(cluster, workers, names, given.light)
             places = show.join(show.kill(show.start(given.nodes)))
             show.crash(places)
             show.exit()

@@ -151,16 +151,22 @@ class Batch:
 
     def _send(self, together: Iterable[int], ways: dict[Name, Way]) -> tuple[list[Sent], list[int]]:
         """Sends what can go in frames. Returns these, and the places of all others."""
-        by_link: dict[int, tuple[Link, list[tuple[int, Way]]]] = {}
+        by_host: dict[str, tuple[Link, list[tuple[int, Way]]]] = {}
         rest = []
         for place in together:
             way = ways.get(self._requests[place].name)
-            if way is None or way.link.path == "ray" or not way.route.host.startswith(LIGHT):
+            if way is None:
                 rest.append(place)
-            else:
-                by_link.setdefault(id(way.link), (way.link, []))[1].append((place, way))
+                continue
+            host = way.route.host
+            if host not in by_host:
+                by_host[host] = (way.link, [])
+            by_host[host][1].append((place, way))
         sent = []
-        for link, calls in by_link.values():
+        for host, (link, calls) in by_host.items():
+            if link.path == "ray" or not host.startswith(LIGHT):
+                rest += [place for place, _ in calls]
+                continue
             at = 0
             while at < len(calls):
                 end, size = at, 0
@@ -174,16 +180,18 @@ class Batch:
     def _frame(self, link: Link, calls: Sequence[tuple[int, Way]]) -> Sent:
         lives: dict[Life, int] = {}
         methods: dict[str, int] = {}
-        rows, places, dots = [], [], []
+        rows, dots = [], []
+        before, life = None, 0
         for place, way in calls:
             dot, method = way.route.dot, self._requests[place].method
-            life = lives.setdefault(dot.life, len(lives))
+            if dot.life is not before:  # mostly it is: to hash one costs as much as all else here
+                before = dot.life
+                life = lives.setdefault(before, len(lives))
             rows.append((life, methods.setdefault(method, len(methods)), dot.counter, self._bodies.get(place, _EMPTY)))
-            places.append(place)
             dots.append(dot)
         caller = self._client.new_caller()
         head = wire.CallMany(caller, tuple(lives), tuple(methods), self._chain, self._cast)
-        return Sent(link.pull(wire.encode_calls(head, rows), len(rows)), link, caller, places, dots)
+        return Sent(link.pull(wire.encode_calls(head, rows), len(rows)), link, caller, [place for place, _ in calls], dots)
 
     # Answers
 

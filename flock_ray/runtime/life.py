@@ -42,7 +42,7 @@ from flock_ray.core.wire import (
 )
 from flock_ray.runtime.generators import Reading, Readings
 from flock_ray.runtime.inside import Inside, Leave, current
-from flock_ray.runtime.payload import pack, pack_alone, unpack
+from flock_ray.runtime.payload import pack, pack_alone, pack_plain, unpack
 from flock_ray.specs import Life
 
 if TYPE_CHECKING:
@@ -114,10 +114,11 @@ class Surroundings(Protocol):
 class Loaded:
     """A class as it was unpickled here, for all its birds in this process."""
 
-    __slots__ = ("__weakref__", "allowed", "cls")
+    __slots__ = ("__weakref__", "allowed", "cls", "is_async")
 
     def __init__(self, code: bytes) -> None:
         self.cls = load_class(code)
+        self.is_async = is_async(self.cls)
         self.allowed: set[tuple[str, bool]] = set()  # methods that were found to be callable, or readable as a stream
 
 
@@ -298,6 +299,9 @@ class HostedLife:
     def _result(self, head: Call, result: Any) -> Response:
         if head.cast:
             return b""
+        plain = pack_plain(result)
+        if plain is not None:
+            return RESULT + plain
         try:
             body, extra = pack(result, what=f"the result of {self._method_name(head.method)}", call=False)
         except TypeError as error:

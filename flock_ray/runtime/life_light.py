@@ -88,14 +88,18 @@ class LightLife(TurnLife):
         return self._recorded(self._answer_in_turn, head, order, body, extra, connection) if at_once else None
 
     def take_one(self, head: Call, order: int, body: memoryview, connection: Caller, reply: Reply) -> Response | None:
-        """Takes a call of a `CallMany`, as `take`. Its caller has nothing else under way for this bird, so there is no order to keep."""
+        """Takes a call of a `CallMany`, as `take`. Its caller has nothing else under way for this bird, so there is no order to keep.
+
+        If it runs here, the record that it does is left for who runs the next.
+        """
         refused = self._at_the_door(head, order)
         if refused is None and head.chain and self._link in head.chain:
             refused = self._would_wait_for_itself(head)
         if refused is not None:
             return refused
         if self._turns.try_enter():
-            return self._recorded(self._answer_in_turn, head, order, body, (), connection)  # type: ignore[no-any-return]  # as that
+            self._host.recorder.note(self.dot)
+            return self._answer_in_turn(head, order, body, (), connection)
         if self._turns.waiting >= self._host.boot.mailbox:
             return FULL
         self._line_up([(head, order, body, (), connection, reply)])
@@ -234,6 +238,7 @@ class Batch:
                 self._answers.append((place, answer))
                 self._size += len(answer)
             self._send(full)
+        self._host.recorder.clear()
         with self._lock:
             return self._pop_answers()
 

@@ -13,7 +13,7 @@ from flock_ray.core.wire import LATER, Call, HatchOrder, Pull, decode_call
 from flock_ray.runtime.generators import MOST_ITEMS, Reading
 from flock_ray.runtime.host import Host
 from flock_ray.runtime.inside import Inside, current
-from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, is_async, log
+from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, log
 from flock_ray.runtime.listener import TOGETHER, Caller
 from flock_ray.runtime.mailbox import GAP, ThreadOrder, Turns
 from flock_ray.runtime.payload import unpack
@@ -43,7 +43,7 @@ class TurnLife(HostedLife):
         try:
             with self._inside():
                 self._make()
-                if is_async(self._cls):
+                if self._loaded is not None and self._loaded.is_async:
                     raise TypeError(f"{self._cls.__qualname__} has `async def` methods: it must be hatched in an AsyncHostActor")
                 take_over = self._state_to_take()
                 if take_over is not None:

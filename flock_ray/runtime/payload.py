@@ -120,7 +120,7 @@ def pack(value: Any, *, what: str, call: bool = True) -> tuple[bytes, Sequence[A
     """
     body = _dump_atoms(value) if call else None
     if body is None:
-        body = _dump_plain(value)
+        body = pack_plain(value)
     return (body, ()) if body is not None else _pack_fully(value, what, call)
 
 
@@ -130,6 +130,9 @@ def pack_alone(value: Any, *, what: str) -> bytes:
     Raises:
         TypeError: the value cannot be pickled, or has an `ObjectRef` or `ActorHandle` in it.
     """
+    body = pack_plain(value)
+    if body is not None:
+        return body
     file = io.BytesIO()
     refs: list[Any] = []
     try:
@@ -161,7 +164,8 @@ def _dump_atoms(value: tuple[tuple[Any, ...], dict[str, Any]]) -> bytes | None:
     return pickle.dumps(value, 5)
 
 
-def _dump_plain(value: Any) -> bytes | None:
+def pack_plain(value: Any) -> bytes | None:
+    """Pickles a value that is made of built-in types alone; `None` if it is not."""
     if type(value) in _ATOMS:
         return pickle.dumps(value, 5)
     file = io.BytesIO()

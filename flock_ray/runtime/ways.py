@@ -233,9 +233,7 @@ class Ways(RayLinks):
             return link
         try:
             made = self._connect(route)
-        except (
-            ConnectionError
-        ):  # the host is gone, or a firewall says no: Ray knows, and is asked before a message is risked
+        except ConnectionError:  # the host is gone, or a firewall says no: Ray knows, and is asked before a message is risked
             by_ray = self.ray_host(route)
             by_ray.used_at = 0.0
             return by_ray
