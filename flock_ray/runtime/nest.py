@@ -35,6 +35,7 @@ from flock_ray.core.registry import Registry
 from flock_ray.runtime import cluster
 from flock_ray.runtime.hosts import Hosts
 from flock_ray.runtime.listener import NEST_SOCKET, Refusals
+from flock_ray.runtime.loglines import LogLines
 from flock_ray.runtime.members import Members
 from flock_ray.runtime.peers import Door, Wire, Wires
 from flock_ray.runtime.tls import contexts
@@ -77,6 +78,7 @@ class Nest:
         self._booted = asyncio.Event()
         self._ready = asyncio.Event()
         self._ending = False
+        self._log_lines = LogLines(logger)
         self._notices: deque[Notice] = deque(maxlen=NOTICES)
         self._share: tuple[int, int] | None = None
         self._share_timer: asyncio.TimerHandle | None = None
@@ -323,7 +325,7 @@ class Nest:
 
     def _do_Emit(self, effect: do.Emit) -> None:
         self._notices.append(effect.notice)
-        logger.log(effect.notice.level, "%s", getattr(effect.notice, "text", effect.notice))
+        self._log_lines.tell(effect.notice)
 
     def _note_share(self, registry: Registry) -> None:
         """Tells this nest's share of the load when it changes, as Flock's nodes do."""
