@@ -70,3 +70,47 @@ def local_oscar(loop: asyncio.Runner) -> Iterator[Oscar | None]:
         yield Oscar(loop.run(made), loop)
     finally:
         loop.run(pool.stop())
+
+
+@dataclass(frozen=True)
+class Pool:
+    """A pool of xoscar's with two processes beside this one, in which actors are created."""
+
+    address: str
+    loop: asyncio.Runner
+    kind: type
+
+    def create(self, number: int) -> float:
+        """Actors created a second, a thousand at a time; they are destroyed again."""
+        import xoscar
+
+        async def run() -> float:
+            begin = asyncio.get_running_loop().time()
+            made: list[Any] = []
+            for at in range(0, number, 1_000):
+                places = (xoscar.allocate_strategy.ProcessIndex(1 + n % 2) for n in range(min(1_000, number - at)))
+                made += await asyncio.gather(
+                    *(xoscar.create_actor(self.kind, address=self.address, allocate_strategy=place) for place in places)
+                )
+            taken = asyncio.get_running_loop().time() - begin
+            for at in range(0, number, 1_000):
+                await asyncio.gather(*map(xoscar.destroy_actor, made[at : at + 1_000]))
+            return number / taken
+
+        return self.loop.run(run())
+
+
+@contextmanager
+def local_pool(loop: asyncio.Runner) -> Iterator[Pool | None]:
+    """A pool to create actors in; `None` if xoscar is not installed."""
+    if not find_spec("xoscar"):
+        print("xoscar is not installed, and left out", file=sys.stderr)
+        yield None
+        return
+    import xoscar
+
+    pool = loop.run(xoscar.create_actor_pool("127.0.0.1:0", n_process=2))
+    try:
+        yield Pool(pool.external_address, loop, _counter_class(xoscar.Actor))
+    finally:
+        loop.run(pool.stop())

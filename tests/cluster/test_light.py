@@ -147,7 +147,7 @@ def test_one_that_kills_its_process_again_and_again_fails_and_its_neighbours_go_
     eventually(lambda: flock_ray.info(name).state == "failed", "it has failed")
     flock_ray.wait(together, timeout=60)
     assert flock_ray.call_many([(one, "add") for one in together], timeout=60) == [1] * len(together)
-    assert all(info.state == "running" for info in flock_ray.birds(prefix=f"{name}/"))
+    eventually(lambda: all(info.state == "running" for info in flock_ray.birds(prefix=f"{name}/")), "so does every replica")
     flock_ray.stop_many([one.name for one in flock_ray.birds(prefix=name)])
 
 
