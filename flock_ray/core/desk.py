@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
 from flock_ray.core import notices
-from flock_ray.core.replica import Record
+from flock_ray.core.records import Record
 from flock_ray.specs import Dot, Life, Name, Route
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from flock_ray.core.records import Record
 from flock_ray.core.registry import Registry
-from flock_ray.core.replica import Record
 from flock_ray.specs import BirdInfo, Name, NestInfo
 
 

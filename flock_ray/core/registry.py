@@ -28,7 +28,8 @@ from flock_ray.core.handover import Handover
 from flock_ray.core.holds import Holds, Phase
 from flock_ray.core.inbox import Inbox
 from flock_ray.core.membership import REMEMBERED, Membership
-from flock_ray.core.replica import Record, RecordChange, Replica
+from flock_ray.core.records import Record
+from flock_ray.core.replica import RecordChange, Replica
 from flock_ray.core.supervision import Supervision
 from flock_ray.core.sync import Sync
 from flock_ray.specs import Dot, Life, Name, Spec, Stamp, Status

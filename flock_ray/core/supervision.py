@@ -19,7 +19,7 @@ from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
 from flock_ray.core import notices, wire
 from flock_ray.core.holds import BirdLife, Phase
-from flock_ray.core.replica import Record
+from flock_ray.core.records import Record
 from flock_ray.specs import Dot, Name, Status
 
 if TYPE_CHECKING:

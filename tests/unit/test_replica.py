@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flock_ray.core.replica import Record, Replica, Update
+from flock_ray.core.records import Record, shared
+from flock_ray.core.replica import Replica, Update
 from flock_ray.specs import Dot, Life, NodeRecord, Options, Spec, Stamp, Status
 
 A, B, C = (Life(node, 1) for node in "abc")
@@ -267,7 +268,7 @@ def test_what_messages_bring_shares_its_common_parts() -> None:
         if number % 2:
             here.join(copied(there.update_of([stated])))
         else:
-            here.join_part(pickle.loads(pickle.dumps(there.birds.part(keys=[name]))))
+            here.join_content(pickle.loads(pickle.dumps(there.content([name]))))
     assert dict(here.birds.items()) == dict(there.birds.items())
     found = [(dot, record.spec, record.status) for name in NAMES for dot, record in here.records(name)]
     dot, first, state = found[0]
@@ -280,9 +281,8 @@ def test_what_messages_bring_shares_its_common_parts() -> None:
 
 
 def test_sharing_changes_no_value() -> None:
-    record = Record(spec(3, options=Options(num_cpus=2))._replace(runtime_env="{}"), status()._replace(host="h", error="e", reason="r"))
-    assert record.shared() == record
-    assert Record(spec(3)).shared() == Record(spec(3))
+    for given_spec in (spec(3, options=Options(num_cpus=2))._replace(runtime_env="{}"), spec(3)):
+        assert shared(given_spec) == given_spec
 
 
 # Node records and forgetting
