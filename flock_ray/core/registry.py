@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from flock_ray.config import Config
@@ -22,19 +23,21 @@ from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
 from flock_ray.core import notices, wire
+from flock_ray.core.arcs import difference
 from flock_ray.core.barrier import Barrier
 from flock_ray.core.desk import Desk
 from flock_ray.core.handover import Handover
-from flock_ray.core.holds import Holds, Phase
+from flock_ray.core.holds import BirdLife, Holds, Phase
 from flock_ray.core.inbox import Inbox
 from flock_ray.core.membership import REMEMBERED, Membership
 from flock_ray.core.records import Record
-from flock_ray.core.replica import RecordChange, Replica
+from flock_ray.core.replica import RECORDS, RecordChange, Replica
 from flock_ray.core.supervision import Supervision
 from flock_ray.core.sync import Sync
 from flock_ray.specs import Dot, Life, Name, Spec, Stamp, Status
 
 NAMES_A_STEP = 1000  # looked at in one `handle`: about 20 ms, so that a nest goes on answering in a big change
+GATHER = 0.005  # seconds in which news is gathered after the last was sent: in a burst a start and its statuses go as one entry
 RELAY_AFTER = 2  # unanswered tries before every other one goes through a third nest (H2)
 AWAKE = float("inf")
 
@@ -75,6 +78,8 @@ class Registry:
         self.waiting: set[Name] = set()  # owned here, and something is missing before they can be hatched
         self._crowded: set[Name] = set()  # of these, those this nest does not admit (P3)
         self._changes: list[RecordChange] = []  # made here, to be told
+        self._told_at = -GATHER  # when changes were told last
+        self._ring = self.membership.placement.ring  # by which names were looked at last
         self._out: list[do.Effect] = []
         self.asks: dict[Life, Attempt] = {}
         self._next_sync = AWAKE
@@ -94,8 +99,16 @@ class Registry:
         Returns:
             What is to be done, in order.
         """
+        return self.handle_all((event,), now)
+
+    def handle_all(self, events: Iterable[ev.Event], now: float) -> list[do.Effect]:
+        """Takes many events in, in order, and looks once at what follows: of a burst this is half the cost.
+
+        Not more than some thousand at a time, for the nest answers nobody meanwhile.
+        """
         self.now = now
-        getattr(self, f"_on_{type(event).__name__}")(event)
+        for event in events:
+            getattr(self, f"_on_{type(event).__name__}")(event)
         self._advance()
         effects, self._out = self._out, []
         return effects
@@ -109,6 +122,8 @@ class Registry:
         times += [attempt.again_at for attempt in self.asks.values()]
         if self._code_ask_at > self.now:
             times.append(self._code_ask_at)
+        if self._changes:
+            times.append(self._told_at + GATHER)
         return min(times)
 
     def owns(self, name: Name) -> bool:
@@ -209,7 +224,8 @@ class Registry:
     def _evaluate(self, name: Name) -> None:
         self.waiting.discard(name)
         self._crowded.discard(name)
-        self._reap(name)
+        if name in self.holds:
+            self._reap(name)
         if self.membership.ready and self.owns(name):
             winner = self.replica.winner(name)
             if winner is not None:
@@ -251,6 +267,8 @@ class Registry:
                 self.supervision.end(life, "stopped", keep=False)
         if dot in self.holds.lives:
             self.supervision.raise_incarnation(self.holds.lives[dot], record)
+            if (life := self.holds.lives[dot]).phase is not Phase.ENDING and self._outbid(life):
+                self.waiting.add(name)  # put off until that nest is admitted, or dead
         elif not self.holds.lives_of(name):
             self._hatch(name, dot, record)
 
@@ -272,11 +290,17 @@ class Registry:
                 self.changed(self.replica.set_status(name, dot, pending))
             return
         self.supervision.hatch(name, dot, record)
+        self._dirty.pop(name, None)  # what it has written is seen by the rest of this look
+
+    def _outbid(self, life: BirdLife) -> bool:
+        """Does the flock know a status of the dot that counts for more than this life's?"""
+        record = self.replica.record(life.name, life.dot)
+        status = record.status if record is not None else None
+        return status is not None and (status.incarnation, status.life) != (life.incarnation, self.me)
 
     def _not_admitted(self, status: Status | None) -> str:
         """Why this nest does not take one more bird (P3); empty if it does."""
-        view = {life.node for life in self.membership.view}
-        if self.membership.paused and (status is None or status.life.node not in view):
+        if self.membership.paused and (status is None or status.life.node not in {life.node for life in self.membership.view}):
             return "this side of a split has less than half of the nodes, and minority is 'pause'"
         if self.config.max_birds is not None and len(self.holds.lives) >= self.config.max_birds:
             return f"its node holds max_birds={self.config.max_birds} already"
@@ -304,15 +328,17 @@ class Registry:
             self._adopted(old)
         if self.membership.ready and not was_ready:
             self.notice(notices.NestReady(self.me, self.me))
-            self.mark(self.replica)
+            self.mark(self.replica.birds.within(self.membership.placement.ring.arcs(self.me.node)))
+            self.mark(self.membership.placement.table())
             self.mark(self.holds.names())
+            self.mark(self.desk.names())
         self.placement_changed()
         self.supervision.run_timers()
         self.desk.run()
-        for _ in range(min(NAMES_A_STEP, len(self._dirty))):
-            name = next(iter(self._dirty))
-            del self._dirty[name]
-            self._evaluate(name)
+        for name in tuple(islice(self._dirty, NAMES_A_STEP)):
+            if name in self._dirty:
+                del self._dirty[name]
+                self._evaluate(name)
         self._ask_barrier()
         self.handover.run()
         self._synchronise()
@@ -325,11 +351,20 @@ class Registry:
             self.notice(notices.NestJoined(self.me, life))
         for life in sorted(old - view):
             self.notice(notices.NestLeft(self.me, life))
-        self.barrier.adopted(old)
-        self.asks = {life: attempt for life, attempt in self.asks.items() if life in view}
+        self.mark(self.barrier.reports)
+        self.mark(self.barrier.adopted(old))
+        # What was asked of the old view is answered in vain, so all are asked anew, at once.
+        self.asks = {life: Attempt(self.now, attempt.count) for life, attempt in self.asks.items() if life in view}
         self.handover.view_changed()
-        self.mark(self.replica)
-        self.mark(self.holds.names())
+        # Only what this nest owns now and did not before, and what has not come to an end: nothing else can be due.
+        placement = self.membership.placement
+        gained = difference(placement.ring.arcs(self.me.node), self._ring.arcs(self.me.node))
+        self._ring = placement.ring
+        self.mark(self.replica.birds.within(gained))
+        self.mark(self.holds.within(gained))
+        self.mark(self.waiting)
+        self.mark(placement.table())
+        self.mark(self.desk.names())
 
     def placement_changed(self) -> None:
         """Placed names have new owners: like a view of its own, or answers given before could be taken for later ones (M3)."""
@@ -398,13 +433,21 @@ class Registry:
                 self.send(life, msg.CodeAsk(missing))
 
     def _publish(self) -> None:
-        """Tells all peers at once what was changed here (S3)."""
-        if not self._changes:
+        """Tells all peers what was changed here (S3): at once, but in a burst at most every `GATHER` seconds.
+
+        What is gathered is sent as what it has become. For S6 it means that a bird that takes its node down within that time of its
+        hatching, in a burst, is not counted that once: it is from the next time on, for who hatches it next is not in a burst with it.
+        """
+        changes = self._changes
+        if not changes or (self.now < self._told_at + GATHER and len(changes) < RECORDS and not self.desk.waits_for_acks):
             return
-        changes, self._changes = self._changes, []
-        news = msg.News(self.replica.update_of(changes), self.desk.ack_wanted())
-        for life in self.membership.living():
-            self.send(life, news)
+        self._changes, self._told_at = [], self.now
+        living = self.membership.living()
+        acks = self.desk.acks_wanted()
+        for update in self.replica.updates_of(changes) if living else ():
+            news = msg.News(update, tuple(acks[name] for name in update.delta.entries if name in acks) if acks else ())
+            for life in living:
+                self.send(life, news)
 
     # The dead are forgotten in the end (S2)
 
@@ -435,12 +478,29 @@ class Registry:
             self._dirty[name] = None
 
     def joined(self, changes: Iterable[RecordChange]) -> None:
-        self.mark(change.key for change in changes)
+        """What others have changed: most of it is none of this nest's business."""
+        dirty, holds, desk, owns = self._dirty, self.holds, self.desk, self.owns
+        for name, _, _ in changes:
+            if name in holds or desk.waits_for(name) or name in self.waiting or owns(name):
+                dirty[name] = None
 
     def changed(self, change: RecordChange | None) -> None:
-        if change is not None:
-            self._changes.append(change)
-            self.mark([change.key])
+        """What was changed here is told, and looked at, unless it is what a life here says of itself: that decides nothing."""
+        if change is None:
+            return
+        self._changes.append(change)
+        name, before, after = change
+        own = len(before) == len(after) == 1 and after[0][0] in self.holds.lives and len(self.holds.dots(name)) == 1
+        if not own or name in self.barrier.reports or name in self.waiting or self.desk.waits_for(name):
+            self._dirty[name] = None
+
+    def answered(self, peer: Life) -> None:
+        """A member has answered. One with another ring is asked again when its view is another: asked at once it would say the same."""
+        clearance = self.barrier.clearances.get(peer)
+        if clearance is not None and not clearance.current:
+            self.asks[peer] = Attempt(self.now + self.config.retry_interval, 0)
+        else:
+            self.asks.pop(peer, None)
 
     def mark_crowded(self) -> None:
         """There may be room again."""
