@@ -40,6 +40,22 @@ def difference(arcs: Iterable[Arc], others: Sequence[Arc]) -> list[Arc]:
     return left
 
 
+def intersection(arcs: Sequence[Arc], others: Sequence[Arc]) -> list[Arc]:
+    """What some arcs cover and others too."""
+    return difference(arcs, difference(arcs, others))
+
+
+def inside(arcs: Sequence[Arc]) -> Callable[[int], bool]:
+    """Tells of a position whether it lies in the arcs."""
+    begins = [begin for begin, _ in arcs]
+
+    def covers(position: int) -> bool:
+        at = bisect(begins, position) - 1
+        return at >= 0 and position < arcs[at][1]
+
+    return covers
+
+
 class Leaves(Generic[K]):
     """Keys by the first bits of their position.
 
@@ -83,27 +99,14 @@ class Leaves(Generic[K]):
 
     def within(self, arcs: Sequence[Arc]) -> list[K]:
         """The keys whose positions lie in the arcs."""
+        if sum((end - begin >> LEAF_SHIFT) + 2 for begin, end in arcs) > len(self._keys):
+            covers = inside(arcs)
+            return [key for keys in self._keys.values() for key in keys if covers(self._position(key))]
         found: list[K] = []
-        begins = [begin for begin, _ in arcs]
-        for leaf in self._touched(arcs):
-            keys = self._keys.get(leaf)
-            if not keys:
-                continue
-            first = leaf << LEAF_SHIFT
-            at = bisect(begins, first) - 1  # the last arc that begins before or with the leaf
-            if at >= 0 and arcs[at][1] >= first + (1 << LEAF_SHIFT):
-                found += keys
-                continue
-            for key in keys:
-                position = self._position(key)
-                at = bisect(begins, position) - 1
-                if at >= 0 and position < arcs[at][1]:
-                    found.append(key)
+        for begin, end in arcs:
+            first, last = begin >> LEAF_SHIFT, end - 1 >> LEAF_SHIFT
+            for leaf in range(first + 1, last):
+                found += self._keys.get(leaf, ())
+            for leaf in {first, last}:
+                found += [key for key in self._keys.get(leaf, ()) if begin <= self._position(key) < end]
         return found
-
-    def _touched(self, arcs: Sequence[Arc]) -> Iterable[int]:
-        """The leaves that arcs touch, each once; all that have keys, where those are fewer."""
-        leaves = sum((end - begin >> LEAF_SHIFT) + 2 for begin, end in arcs)
-        if leaves > len(self._keys):
-            return self._keys
-        return {leaf for begin, end in arcs for leaf in range(begin >> LEAF_SHIFT, (end - 1 >> LEAF_SHIFT) + 1)}

@@ -24,6 +24,7 @@ from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from hashlib import blake2b
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from flock_ray.core.arcs import LEAF_BITS, Arc, Leaves
@@ -39,6 +40,8 @@ FANOUT_BITS = 5  # 32 children a node: a difference is found in DEPTH round trip
 DEPTH = LEAF_BITS // FANOUT_BITS
 
 _NOTHING: Any = object()
+STALE = 2_048  # changed keys at most whose hashes are not in the tree yet; to put them there takes some 4 ms
+
 _POSITION_AND_DOT = struct.Struct("<QQQ")
 
 
@@ -245,7 +248,7 @@ class AWORSet(Generic[K, V]):
         self._fingerprint = fingerprint
         self._leaves: Leaves[K] = Leaves(key_hash)
         self._levels = [array("Q", bytes(8 << (FANOUT_BITS * level))) for level in range(DEPTH + 1)]
-        self._shifts = [(hashes, 64 - FANOUT_BITS * level) for level, hashes in enumerate(self._levels)]
+        self._stale: dict[K, Pairs[V]] = {}  # what the tree and the leaves have of keys that have changed since
 
     # Reading
 
@@ -262,13 +265,17 @@ class AWORSet(Generic[K, V]):
         return self._entries.get(key, ())
 
     def value(self, key: K, dot: Dot) -> V | None:
-        return next((value for d, value in self._entries.get(key, ()) if d == dot), None)
+        for d, value in self._entries.get(key, ()):
+            if d == dot:
+                return value
+        return None
 
     def items(self) -> Iterable[tuple[K, Pairs[V]]]:
         return self._entries.items()
 
     def within(self, arcs: Sequence[Arc]) -> list[K]:
         """The keys whose positions lie in these arcs."""
+        self._settle()
         return self._leaves.within(arcs)
 
     # Writing
@@ -278,7 +285,7 @@ class AWORSet(Generic[K, V]):
         if dot in self.context:
             raise ValueError(f"dot {dot} was used before")
         self.context.add(dot)
-        return self._put(key, (*self.get(key), (dot, value)))
+        return self._put(key, (*self._entries.get(key, ()), (dot, value)))
 
     def remove(self, key: K, dots: Iterable[Dot]) -> Change[K, V]:
         """Removes the given dots of a key, those of them that are there."""
@@ -287,7 +294,7 @@ class AWORSet(Generic[K, V]):
 
     def update(self, key: K, dot: Dot, value: V) -> Change[K, V]:
         """Joins a value into that of a dot that is there; without it nothing changes."""
-        return self._put(key, tuple((d, self._merge(v, value) if d == dot else v) for d, v in self.get(key)))
+        return self._put(key, tuple([(d, self._merge(v, value)) if d == dot else (d, v) for d, v in self.get(key)]))
 
     def join(self, delta: Delta[K, V]) -> list[Change[K, V]]:
         """Joins a delta; returns the keys that changed."""
@@ -340,6 +347,7 @@ class AWORSet(Generic[K, V]):
 
     def part(self, keys: Iterable[K] = (), leaves: Iterable[int] = ()) -> Part[K, V]:
         """All that is held of these keys and leaves, now."""
+        self._settle()
         keys, leaves = tuple(keys), tuple(leaves)
         covered = set(keys).union(*(self._leaves.keys(leaf) for leaf in leaves))
         entries = {key: self._entries[key] for key in covered if key in self._entries}
@@ -353,6 +361,7 @@ class AWORSet(Generic[K, V]):
 
     def digest(self, prefix: Prefix = ROOT) -> int:
         """The hash of all (key, dots, values) below a node of the tree."""
+        self._settle()
         return self._levels[prefix.level][prefix.number]
 
     def differing(self, hashes: Mapping[Prefix, int]) -> list[Prefix]:
@@ -379,6 +388,7 @@ class AWORSet(Generic[K, V]):
 
     def _covered(self, part: Part[K, V]) -> set[K]:
         """The keys a part speaks of, here and there."""
+        self._settle()
         covered = set(part.keys) | set(part.entries)
         leaves: Iterable[int] = part.leaves
         if len(part.leaves) > len(self._leaves):  # a whole state has 32,768 leaves, and a small set few of them
@@ -418,20 +428,30 @@ class AWORSet(Generic[K, V]):
             pairs = tuple(sorted(pairs, key=lambda pair: pair[0]))  # equal replicas are equal in order, too
         if pairs:
             self._entries[key] = pairs
-            if not before:
-                self._leaves.add(key)
         elif before:
             del self._entries[key]
-            self._leaves.remove(key)
-        position = self._key_hash(key)
-        flip = 0
-        for dot, value in before:
-            flip ^= self._pair_hash(position, dot, value)
-        for dot, value in pairs:
-            flip ^= self._pair_hash(position, dot, value)
-        for hashes, shift in self._shifts:
-            hashes[position >> shift] ^= flip
+        # The tree is brought up to date when it is asked: a bird that is added, starts and runs is hashed once and not five times.
+        self._stale.setdefault(key, before)
+        if len(self._stale) >= STALE:
+            self._settle()
         return Change(key, before, pairs)
 
-    def _pair_hash(self, position: int, dot: Dot, value: V) -> int:
-        return stable_hash(_POSITION_AND_DOT.pack(position, life_hash(dot.life), dot.counter) + self._fingerprint(value))
+    def _settle(self) -> None:
+        """Brings leaves and tree up to date with the entries."""
+        if not self._stale:
+            return
+        stale, self._stale = self._stale, {}
+        levels = [(hashes, 64 - FANOUT_BITS * level) for level, hashes in enumerate(self._levels)]
+        for key, before in stale.items():
+            after = self._entries.get(key, ())
+            if after and not before:
+                self._leaves.add(key)
+            elif before and not after:
+                self._leaves.remove(key)
+            position = self._key_hash(key)
+            flip = 0
+            for (life, counter), value in before + after:
+                data = _POSITION_AND_DOT.pack(position, life_hash(life), counter) + self._fingerprint(value)
+                flip ^= int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
+            for hashes, shift in levels:
+                hashes[position >> shift] ^= flip

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from flock_ray.core.arcs import Arc, intersection
 from flock_ray.core.membership import Membership
 from flock_ray.core.messages import BarrierAnswer, Released
 from flock_ray.core.ring import Ring, ring_from
@@ -169,6 +170,19 @@ class Barrier:
             return name in clearance.placed
         me = self._membership.me.node
         return name not in clearance.lost and all(ring.owner(name) == me for ring in clearance.rings)
+
+    def cleared_arcs(self) -> list[Arc]:
+        """Where all members have cleared what is not placed by demands, but for what they said of single names."""
+        me = self._membership.me.node
+        arcs = self._membership.placement.ring.arcs(me)
+        for life in self.members():
+            clearance = self.clearances.get(life)
+            if clearance is None:
+                return []
+            for ring in clearance.rings:
+                if ring != self._membership.placement.ring:
+                    arcs = intersection(arcs, ring.arcs(me))
+        return arcs
 
     def permits(self, name: Name) -> bool:
         """H1: every other member has answered, and nobody holds any dot of the name except records already fetched."""

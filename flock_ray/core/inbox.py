@@ -134,7 +134,7 @@ class Inbox:
         fresh = envelope.number == nest.membership.peer(peer).heard
         if fresh and envelope.accepts and answer.number == nest.membership.number and peer in nest.membership.view:
             nest.mark(nest.barrier.take(peer, answer))
-            nest.mark(nest.waiting)
+            nest.mark_cleared()
             nest.answered(peer)
 
     # Lives

@@ -30,14 +30,16 @@ class Record(NamedTuple):
     def join(self, other: Record) -> Record:
         """The later status wins; specs of one dot are equal."""
         mine, theirs = self.status, other.status
-        if theirs is None or (mine is not None and mine.order >= theirs.order):
+        if theirs is None or (mine is not None and mine[:3] >= theirs[:3]):  # the first three fields are the order
             return self
         return Record(self.spec, theirs)
 
     def fingerprint(self) -> bytes:
         """The order of the status: by it two statuses of a dot are told apart."""
-        status = self.status
-        return b"" if status is None else _ORDER.pack(status.incarnation, life_hash(status.life), status.sequence)
+        if self.status is None:
+            return b""
+        incarnation, life, sequence = self.status[:3]
+        return _ORDER.pack(incarnation, life_hash(life), sequence)
 
 
 @lru_cache(maxsize=4096)

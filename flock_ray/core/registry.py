@@ -23,7 +23,7 @@ from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
 from flock_ray.core import notices, wire
-from flock_ray.core.arcs import difference
+from flock_ray.core.arcs import difference, inside
 from flock_ray.core.barrier import Barrier
 from flock_ray.core.desk import Desk
 from flock_ray.core.handover import Handover
@@ -31,13 +31,14 @@ from flock_ray.core.holds import BirdLife, Holds, Phase
 from flock_ray.core.inbox import Inbox
 from flock_ray.core.membership import REMEMBERED, Membership
 from flock_ray.core.records import Record
-from flock_ray.core.replica import RECORDS, RecordChange, Replica
+from flock_ray.core.replica import RecordChange, Replica
 from flock_ray.core.supervision import Supervision
 from flock_ray.core.sync import Sync
-from flock_ray.specs import Dot, Life, Name, Spec, Stamp, Status
+from flock_ray.specs import Dot, Life, Name, Spec, Stamp, Status, name_hash
 
 NAMES_A_STEP = 1000  # looked at in one `handle`: about 20 ms, so that a nest goes on answering in a big change
-GATHER = 0.005  # seconds in which news is gathered after the last was sent: in a burst a start and its statuses go as one entry
+LITTLE = 32  # changes that are told at once within `GATHER`: what is more is a burst, and told together
+GATHER = 0.02  # seconds for which news of a burst is gathered: a start and its statuses then go as one entry
 RELAY_AFTER = 2  # unanswered tries before every other one goes through a third nest (H2)
 AWAKE = float("inf")
 
@@ -78,7 +79,8 @@ class Registry:
         self.waiting: set[Name] = set()  # owned here, and something is missing before they can be hatched
         self._crowded: set[Name] = set()  # of these, those this nest does not admit (P3)
         self._changes: list[RecordChange] = []  # made here, to be told
-        self._told_at = -GATHER  # when changes were told last
+        self._gather_until = 0.0  # on the clock of `handle`
+        self._told = 0  # changes, since `GATHER` before that
         self._ring = self.membership.placement.ring  # by which names were looked at last
         self._out: list[do.Effect] = []
         self.asks: dict[Life, Attempt] = {}
@@ -123,7 +125,7 @@ class Registry:
         if self._code_ask_at > self.now:
             times.append(self._code_ask_at)
         if self._changes:
-            times.append(self._told_at + GATHER)
+            times.append(self._gather_until)
         return min(times)
 
     def owns(self, name: Name) -> bool:
@@ -360,9 +362,12 @@ class Registry:
         placement = self.membership.placement
         gained = difference(placement.ring.arcs(self.me.node), self._ring.arcs(self.me.node))
         self._ring = placement.ring
-        self.mark(self.replica.birds.within(gained))
-        self.mark(self.holds.within(gained))
         self.mark(self.waiting)
+        self.mark(self.holds.within(gained))
+        if self.barrier.unanimous:
+            self.mark(self.replica.birds.within(gained))
+        else:
+            self.waiting.update(self.replica.birds.within(gained))  # looked at when the others have answered
         self.mark(placement.table())
         self.mark(self.desk.names())
 
@@ -433,15 +438,21 @@ class Registry:
                 self.send(life, msg.CodeAsk(missing))
 
     def _publish(self) -> None:
-        """Tells all peers what was changed here (S3): at once, but in a burst at most every `GATHER` seconds.
+        """Tells all peers what was changed here (S3): at once, but in a burst every `GATHER` seconds, as what it has become meanwhile.
 
-        What is gathered is sent as what it has become. For S6 it means that a bird that takes its node down within that time of its
-        hatching, in a burst, is not counted that once: it is from the next time on, for who hatches it next is not in a burst with it.
+        For S6 that means: outside of bursts "starting" is handed to the sender with the `Hatch` it speaks of; in a burst up to `GATHER`
+        later, which is less than a process takes to run a line of the bird. A bird that is faster, and takes its node down, goes uncounted
+        that once.
         """
         changes = self._changes
-        if not changes or (self.now < self._told_at + GATHER and len(changes) < RECORDS and not self.desk.waits_for_acks):
+        if not changes:
             return
-        self._changes, self._told_at = [], self.now
+        if self.now >= self._gather_until:
+            self._gather_until, self._told = self.now + GATHER, 0
+        elif self._told + len(changes) > LITTLE and not self.desk.waits_for_acks:
+            return
+        self._changes = []
+        self._told += len(changes)
         living = self.membership.living()
         acks = self.desk.acks_wanted()
         for update in self.replica.updates_of(changes) if living else ():
@@ -501,6 +512,14 @@ class Registry:
             self.asks[peer] = Attempt(self.now + self.config.retry_interval, 0)
         else:
             self.asks.pop(peer, None)
+
+    def mark_cleared(self) -> None:
+        """A member has answered: marks what may be hatched now. One answer of several need not clear anything, so arcs are asked first."""
+        if self.barrier.unanimous:
+            self.mark(self.waiting)
+            return
+        cleared, placed = inside(self.barrier.cleared_arcs()), self.membership.placement.table()
+        self.mark([name for name in self.waiting if name in placed or cleared(name_hash(name))])
 
     def mark_crowded(self) -> None:
         """There may be room again."""

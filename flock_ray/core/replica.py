@@ -230,6 +230,10 @@ class Replica:
         for name, before, after in changes:
             if len(before) == len(after) == 1 and before[0][0] == after[0][0]:
                 continue  # a status: nearly always
+            if not before and len(after) == 1:  # a bird: what nearly all others are
+                ((dot, record),) = after
+                self._comes(name, dot, record.spec)
+                continue
             had, has = dict(before), dict(after)
             come = [(dot, record.spec) for dot, record in after if dot not in had]
             gone = [(dot, record.spec) for dot, record in before if dot not in has]
@@ -240,7 +244,7 @@ class Replica:
                 if not self._users[spec.code]:
                     unused.add(spec.code)
             # Any dot of such a name counts: one without demands that comes or goes may make another the winner.
-            if (come or gone) and any(record.spec.options.placed for _, record in (*before, *after)):
+            if (come or gone) and self.placed and any(record.spec.options.placed for _, record in (*before, *after)):
                 self.version += 1
         for digest in unused:
             if not self._users[digest]:  # asked after all changes: one may remove the last user and a later one add another
@@ -256,6 +260,7 @@ class Replica:
             self._environments[spec.runtime_env] += 1
         if spec.options.placed:
             self.placed[dot] = name
+            self.version += 1
 
     def _goes(self, dot: Dot, spec: Spec) -> None:
         self._users[spec.code] -= 1
@@ -266,7 +271,8 @@ class Replica:
             self._environments[spec.runtime_env] -= 1
             if not self._environments[spec.runtime_env]:
                 del self._environments[spec.runtime_env]
-        self.placed.pop(dot, None)
+        if self.placed.pop(dot, None) is not None:
+            self.version += 1
 
 
 def _size(change: RecordChange) -> int:

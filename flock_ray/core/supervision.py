@@ -129,7 +129,6 @@ class Supervision:
             self._nest.effect(do.Forget(life.dot))
         self.write(life, "running")
         self._nest.notice(notices.BirdRunning(self._nest.me, life.name, life.dot, life.incarnation))
-        self._nest.mark([life.name])
 
     def crashed(self, event: wire.LifeCrashed) -> None:
         life = self._nest.holds.life(event.dot, event.born)
