@@ -17,6 +17,7 @@ K = TypeVar("K")
 Arc: TypeAlias = tuple[int, int]
 
 CIRCLE = 1 << 64
+FEW = 8  # to hash a name takes as long as to look into so many leaves
 LEAF_BITS = 15  # 32,768 leaves: 30 names a leaf at a million names
 LEAF_SHIFT = 64 - LEAF_BITS
 
@@ -99,7 +100,7 @@ class Leaves(Generic[K]):
 
     def within(self, arcs: Sequence[Arc]) -> list[K]:
         """The keys whose positions lie in the arcs."""
-        if sum((end - begin >> LEAF_SHIFT) + 2 for begin, end in arcs) > len(self._keys):
+        if sum((end - begin >> LEAF_SHIFT) + 2 for begin, end in arcs) > FEW * len(self._keys):
             covers = inside(arcs)
             return [key for keys in self._keys.values() for key in keys if covers(self._position(key))]
         found: list[K] = []
