@@ -223,6 +223,22 @@ class Prefix(NamedTuple):
 ROOT = Prefix(0, 0)
 
 
+class Hashes(dict[Prefix, int]):
+    """Hashes of some nodes of the digest tree, pickled as 12 bytes each: as objects they took 30, and 2 us (measured)."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        numbers = array("I", [(1 << FANOUT_BITS * prefix.level) + prefix.number for prefix in self])
+        return _hashes, (numbers.tobytes(), array("Q", self.values()).tobytes())
+
+
+def _hashes(numbers: bytes, values: bytes) -> Hashes:
+    hashes = Hashes()
+    for (number,), (value,) in zip(struct.iter_unpack("=I", numbers), struct.iter_unpack("=Q", values), strict=True):
+        level = (number.bit_length() - 1) // FANOUT_BITS
+        hashes[Prefix(level, number - (1 << FANOUT_BITS * level))] = value
+    return hashes
+
+
 class Change(NamedTuple, Generic[K, V]):
     """What a mutation did to one key."""
 
@@ -272,6 +288,11 @@ class AWORSet(Generic[K, V]):
 
     def items(self) -> Iterable[tuple[K, Pairs[V]]]:
         return self._entries.items()
+
+    def keys_of(self, leaf: int) -> Sequence[K]:
+        """The keys of a leaf of the digest tree."""
+        self._settle()
+        return self._leaves.keys(leaf)
 
     def within(self, arcs: Sequence[Arc]) -> list[K]:
         """The keys whose positions lie in these arcs."""
@@ -368,7 +389,7 @@ class AWORSet(Generic[K, V]):
         """Those of another's nodes below which the two replicas differ."""
         return [prefix for prefix, value in hashes.items() if self.digest(prefix) != value]
 
-    def descend(self, hashes: Mapping[Prefix, int]) -> tuple[dict[Prefix, int], list[int]]:
+    def descend(self, hashes: Mapping[Prefix, int]) -> tuple[Hashes, list[int]]:
         """One step of a comparison, on the answering side.
 
         Args:
@@ -377,7 +398,7 @@ class AWORSet(Generic[K, V]):
         Returns:
             The hashes of the children of every inner node that differs, and the leaves that differ.
         """
-        children: dict[Prefix, int] = {}
+        children = Hashes()
         leaves: list[int] = []
         for prefix in self.differing(hashes):
             if prefix.level == DEPTH:

@@ -64,8 +64,8 @@ class Inbox:
         if session is None or progress is None:
             return
         nest.joined(progress.changes)
-        if progress.news is not None:
-            nest.send(peer, msg.News(progress.news))
+        for update in progress.news:
+            nest.send(peer, msg.News(update))
         if progress.complete:
             nest.membership.synced(peer, session.exchange)
 

@@ -9,7 +9,7 @@ Rules kept here: S4 (the winner is chosen when reading), S5 (code once, by diges
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, TypeVar
@@ -187,26 +187,40 @@ class Replica:
 
     def updates_of(self, changes: Sequence[RecordChange]) -> list[Update]:
         """The same in messages of bounded size, each good without the others. Changes of one name stay together."""
-        if len(changes) <= RECORDS and sum(map(_size, changes)) <= BYTES:
+        if len(changes) <= RECORDS and sum(_size_of(change.after)[1] for change in changes) <= BYTES:
             return [self.update_of(changes)]
         by_name: dict[Name, list[RecordChange]] = {}
         for change in changes:
             by_name.setdefault(change.key, []).append(change)
-        return [self.update_of(chain.from_iterable(some)) for some in bounded(by_name.values(), lambda some: max(map(_size, some)))]
+        groups = bounded(by_name.values(), lambda group: max(_size_of(change.after) for change in group))
+        return [self.update_of(chain.from_iterable(some)) for some in groups]
 
-    def update_against(self, part: RecordPart) -> Update | None:
-        """What the sender of a part lacks of it; `None` if nothing."""
+    def updates_against(self, part: RecordPart) -> list[Update]:
+        """What the sender of a part lacks of it, in messages of bounded size."""
         delta = self.birds.delta_against(part)
-        if not delta.context:
-            return None
-        digests = {record.spec.code for pairs in delta.entries.values() for _, record in pairs}
-        return Update(delta, {digest: self.code[digest] for digest in digests if digest in self.code})
+        gone = delta.context.difference(dot for pairs in delta.entries.values() for dot, _ in pairs)
+        updates = []
+        for entries in bounded(delta.entries.items(), lambda entry: _size_of(entry[1])):
+            some = Delta(dict(entries), {dot for _, pairs in entries for dot, _ in pairs})
+            if gone:
+                some.context.update(dot for name, _ in entries for dot, _ in part.entries.get(name, ()) if dot in gone)
+            updates.append(Update(some, self._code_of(some.entries)))
+        return updates
+
+    def _code_of(self, entries: Mapping[Name, Pairs[Record]]) -> dict[str, bytes]:
+        """The code that these entries need."""
+        digests = {record.spec.code for pairs in entries.values() for _, record in pairs}
+        return {digest: self.code[digest] for digest in digests if digest in self.code}
+
+    def size_of_leaf(self, leaf: int) -> tuple[int, int]:
+        """How many names a leaf has, and how many bytes of start arguments."""
+        names = self.birds.keys_of(leaf)
+        return len(names), sum(_size_of(self.birds.get(name))[1] for name in names)
 
     def content(self, names: Iterable[Name] = (), leaves: Iterable[int] = ()) -> Content:
         """What is held of these names and leaves of the digest tree, now."""
         part = self.birds.part(names, leaves)
-        digests = {record.spec.code for pairs in part.entries.values() for _, record in pairs}
-        return Content(part, {digest: self.code[digest] for digest in digests if digest in self.code})
+        return Content(part, self._code_of(part.entries))
 
     def update_for(self, name: Name, dot: Dot) -> Update:
         """One dot as it is now, with its code."""
@@ -275,20 +289,25 @@ class Replica:
             self.version += 1
 
 
-def _size(change: RecordChange) -> int:
-    """Bytes of start arguments in the news of a change."""
-    return sum(len(record.spec.args) for _, record in change.after)
+def _size_of(pairs: Pairs[Record]) -> tuple[int, int]:
+    """One name, and the bytes of its start arguments."""
+    return 1, sum([len(record.spec.args) for _, record in pairs])
 
 
-def bounded(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """The items in lists that are not too much for one message."""
+def bounded(items: Iterable[T], size: Callable[[T], tuple[int, int]]) -> Iterator[list[T]]:
+    """The items in lists that are not too much for one message, at least one in each.
+
+    Args:
+        size: how many names an item has, and how many bytes.
+    """
     some: list[T] = []
-    left = BYTES
+    names = length = 0
     for item in items:
-        left -= size(item)
-        if some and (left < 0 or len(some) >= RECORDS):
+        more_names, more_bytes = size(item)
+        names, length = names + more_names, length + more_bytes
+        if some and (names > RECORDS or length > BYTES):
             yield some
-            some, left = [], BYTES - size(item)
+            some, names, length = [], more_names, more_bytes
         some.append(item)
     if some:
         yield some

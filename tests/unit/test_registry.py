@@ -6,6 +6,7 @@ from flock_ray.config import Config
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
+from flock_ray.core.aworset import Hashes
 from flock_ray.core.notices import CastLost
 from flock_ray.core.registry import Registry
 from flock_ray.specs import Life, NodeRecord
@@ -27,7 +28,7 @@ def test_that_a_node_once_had_cpus_is_heard_of_peers_and_makes_another_view():
     assert nest.owns("bird")
     number = nest.membership.number
     outlook = msg.Outlook(frozenset([PEER]), (), (), had_cpus=True)
-    ask = msg.SyncAsk(1, (), 0, outlook)
+    ask = msg.SyncAsk(1, Hashes(), 0, outlook)
     effects = nest.handle(ev.Received(msg.Envelope(PEER, 1, accepts=False, body=ask)), 0.2)
     assert not nest.owns("bird")
     assert nest.membership.number > number, "answers to the old ring's questions are void"

@@ -231,14 +231,13 @@ def test_content_brings_entries_and_code_and_what_is_pushed_back_does_too() -> N
     there.add("tweety", Dot(A, 1), spec(1), b"class")
     here.add("robin", Dot(B, 1), spec(2, "code-2"), b"other")
     content = pickle.loads(pickle.dumps(there.content(NAMES)))
-    back = here.update_against(content.part)
+    (back,) = here.updates_against(content.part)
     changes = here.join_content(content)
     assert [change.key for change in changes] == ["tweety"]
-    assert back is not None
     there.join(copied(back))
     assert dict(here.birds.items()) == dict(there.birds.items())
     assert here.code == there.code == {"code-1": b"class", "code-2": b"other"}
-    assert here.update_against(there.content(NAMES).part) is None, "nothing is left to tell"
+    assert here.updates_against(there.content(NAMES).part) == [], "nothing is left to tell"
 
 
 def test_an_exit_of_a_dot_not_known_yet_keeps_its_late_add_out() -> None:
