@@ -52,16 +52,18 @@ def unpack(data: bytes | memoryview, me: Life) -> Iterator[Envelope]:
     Raises:
         ValueError: these are no letters.
     """
-    for letter in _read(data):
+    found = _read(data)
+    if not isinstance(found, list):
+        raise ValueError("these are no letters")
+    for letter in found:
         try:
             to, sender, number, accepts, relayed_by, body = letter
-            if Life(*to) != me:
-                continue
-            third = None if relayed_by is None else Life(*relayed_by)
-            envelope = Envelope(Life(*sender), number, accepts, _read(body), third)
+            addressee, third = Life(*to), None if relayed_by is None else Life(*relayed_by)
+            origin = Life(*sender)
         except TypeError as error:
             raise ValueError(f"this is no letter: {error}") from error
-        yield envelope
+        if addressee == me:
+            yield Envelope(origin, number, accepts, _read(body), third)
 
 
 def _read(data: bytes | memoryview) -> Any:

@@ -134,7 +134,7 @@ def unpack(columns: Columns) -> tuple[dict[Name, Pairs[Record]], list[Dot]]:
     """
     try:
         return _unpack(*columns)
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, IndexError, AttributeError, StopIteration) as error:
         raise ValueError(f"these are no columns of records: {error}") from error
 
 
