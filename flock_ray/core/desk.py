@@ -7,13 +7,15 @@ call (C1). Before a client is told `BirdNotFound`, and while a dot that it wrote
 from __future__ import annotations
 
 import heapq
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
 from flock_ray.core import notices
-from flock_ray.core.replica import Record
+from flock_ray.core.records import Record
 from flock_ray.specs import Dot, Life, Name, Route
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ class Waiter:
     avoid: Route | None
     casts: int = 0
     searched: bool = False
-    again_at: float = NEVER
+    again_at: float = NEVER  # it looks again although nothing has changed
     incarnation: int | None = None  # when a restart was first asked for
 
 
@@ -64,11 +66,12 @@ class Desk:
         self._nest = registry
         self._waiters: dict[str, Waiter] = {}
         self._by_name: dict[Name, dict[str, None]] = {}
-        self._deadlines: list[tuple[float, str]] = []
+        self._due: list[tuple[float, str]] = []  # when a waiter gives up or looks again; entries of what has ended since are passed over
         self._searches: dict[Name, Search] = {}
         self._early: list[ev.Start] = []  # came before this nest was ready: it could not tell whether the name is taken
         self._unacknowledged: dict[str, Unacknowledged] = {}
-        self._fresh_ack = ""
+        self._unsaid: deque[str] = deque()  # the same in the order in which they are told again
+        self._fresh_acks: dict[Name, str] = {}
 
     # What clients ask
 
@@ -95,8 +98,9 @@ class Desk:
             return
         dot = nest.add(name, spec, event.code, event.wall)
         if spec.options.ack == "peer" and nest.membership.living():
-            self._fresh_ack = event.request
+            self._fresh_acks[name] = event.request
             self._unacknowledged[event.request] = Unacknowledged(event.request, name, dot, nest.now + nest.config.retry_interval)
+            self._unsaid.append(event.request)
         else:
             nest.answer(event.request, ev.Accepted(dot))
 
@@ -114,7 +118,7 @@ class Desk:
         self._waiters[request] = waiter = Waiter(request, name, wanted, deadline, after, avoid, casts)
         self._by_name.setdefault(name, {})[request] = None
         if timeout is not None:
-            heapq.heappush(self._deadlines, (deadline, request))
+            heapq.heappush(self._due, (deadline, request))
         self._look_for(waiter)
 
     def cancel(self, request: str) -> None:
@@ -126,6 +130,13 @@ class Desk:
                 del self._by_name[waiter.name]
 
     # What makes them go on
+
+    def names(self) -> Iterable[Name]:
+        """The names that somebody waits for."""
+        return tuple(self._by_name)
+
+    def waits_for(self, name: Name) -> bool:
+        return name in self._by_name
 
     def look(self, name: Name) -> None:
         """The name may have changed."""
@@ -140,9 +151,14 @@ class Desk:
             if not search.missing:
                 self._search_done(name)
 
-    def ack_wanted(self) -> str:
-        ack, self._fresh_ack = self._fresh_ack, ""
-        return ack
+    @property
+    def waits_for_acks(self) -> bool:
+        """Is there a start that its client wants to be acknowledged, and that was not told yet?"""
+        return bool(self._fresh_acks)
+
+    def acks_wanted(self) -> dict[Name, str]:
+        acks, self._fresh_acks = self._fresh_acks, {}
+        return acks
 
     def acknowledged(self, ack: str) -> None:
         waiting = self._unacknowledged.pop(ack, None)
@@ -164,30 +180,36 @@ class Desk:
                 self._search_done(name)
             elif search.again_at <= nest.now:
                 self._ask(name, search)
-        for waiter in [waiter for waiter in self._waiters.values() if waiter.again_at <= nest.now]:
-            self._look_for(waiter)
-        for ack, waiting in tuple(self._unacknowledged.items()):
-            if waiting.again_at <= nest.now:
+        while self._unsaid and ((waiting := self._unacknowledged.get(self._unsaid[0])) is None or waiting.again_at <= nest.now):
+            ack = self._unsaid.popleft()
+            if waiting is not None:
                 self._tell_again(ack, waiting)
-        while self._deadlines and self._deadlines[0][0] <= nest.now:
-            waiter_or_none = self._waiters.get(heapq.heappop(self._deadlines)[1])
-            if waiter_or_none is not None:
-                self._give_up(waiter_or_none)
+        while self._due and self._due[0][0] <= nest.now:
+            waiter = self._waiters.get(heapq.heappop(self._due)[1])
+            if waiter is not None and waiter.again_at <= nest.now:
+                self._look_for(waiter)
+            if waiter is not None and waiter.deadline <= nest.now and waiter.request in self._waiters:
+                self._give_up(waiter)
 
     def wake_at(self) -> float:
         times = [search.again_at for search in self._searches.values()]
-        times += [waiting.again_at for waiting in self._unacknowledged.values()]
-        times += [waiter.again_at for waiter in self._waiters.values()]
-        if self._deadlines:
-            times.append(self._deadlines[0][0])
+        if self._unsaid:
+            ack = self._unacknowledged.get(self._unsaid[0])
+            times.append(ack.again_at if ack is not None else self._nest.now)
+        if self._due:
+            times.append(self._due[0][0])
         return min(times, default=NEVER)
+
+    def _look_again(self, waiter: Waiter) -> None:
+        waiter.again_at = self._nest.now + self._nest.config.retry_interval
+        heapq.heappush(self._due, (waiter.again_at, waiter.request))
 
     # One waiter
 
     def _look_for(self, waiter: Waiter) -> None:
         nest = self._nest
         if not nest.membership.ready:
-            waiter.again_at = nest.now + nest.config.retry_interval
+            self._look_again(waiter)
             return
         waiter.again_at = NEVER
         winner = nest.replica.winner(waiter.name)
@@ -230,7 +252,7 @@ class Desk:
         to = status.life if status is not None and holds else nest.membership.placement.owner(waiter.name)
         if to is not None and to != nest.me:
             nest.send(to, msg.RestartAsk(waiter.name, dot, waiter.incarnation))
-        waiter.again_at = nest.now + nest.config.retry_interval
+        self._look_again(waiter)
 
     def _route(self, waiter: Waiter, dot: Dot, record: Record) -> None:
         nest, status = self._nest, record.status
@@ -244,7 +266,7 @@ class Desk:
             if waiter.avoid is None or (waiter.avoid.dot, waiter.avoid.host) != (dot, status.host):
                 self._finish(waiter, route)
             else:  # what we know may be old: ask those who may know better
-                waiter.again_at = nest.now + nest.config.retry_interval
+                self._look_again(waiter)
                 if status.life != nest.me:
                     nest.send(status.life, msg.LookUp(waiter.name))
 
@@ -300,6 +322,7 @@ class Desk:
         if record is None or not living:  # stopped meanwhile, or nobody is left to acknowledge it
             self.acknowledged(ack)
             return
+        self._unsaid.append(ack)
         update = nest.replica.update_for(waiting.name, waiting.dot)
         for life in living:
-            nest.send(life, msg.News(update, ack))
+            nest.send(life, msg.News(update, (ack,)))

@@ -28,6 +28,8 @@ class Inbox:
             return
         peer = nest.membership.peer(envelope.sender)
         if envelope.number >= peer.heard:
+            if envelope.number > peer.heard:
+                nest.asks.pop(envelope.sender, None)  # it has another view now: who needs its word asks at once
             peer.heard = envelope.number
             if not envelope.accepts:
                 nest.barrier.void(envelope.sender)
@@ -40,12 +42,13 @@ class Inbox:
         if nest.membership.peer(envelope.sender).estranged:
             return
         nest.joined(nest.replica.join(news.update))
-        if news.ack:
-            nest.reply(envelope, msg.Acknowledge(news.ack))
+        if news.acks:
+            nest.reply(envelope, msg.Acknowledge(news.acks))
 
     def _on_Acknowledge(self, envelope: msg.Envelope, body: msg.Acknowledge) -> None:
         del envelope
-        self._nest.desk.acknowledged(body.ack)
+        for ack in body.acks:
+            self._nest.desk.acknowledged(ack)
 
     def _on_SyncAsk(self, envelope: msg.Envelope, ask: msg.SyncAsk) -> None:
         nest = self._nest
@@ -61,8 +64,8 @@ class Inbox:
         if session is None or progress is None:
             return
         nest.joined(progress.changes)
-        if progress.news is not None:
-            nest.send(peer, msg.News(progress.news))
+        for update in progress.news:
+            nest.send(peer, msg.News(update))
         if progress.complete:
             nest.membership.synced(peer, session.exchange)
 
@@ -121,7 +124,9 @@ class Inbox:
         table, ring = placement.table(), placement.ring
         placed = frozenset(name for name, node in table.items() if node == asker.node)
         elsewhere = frozenset(name for name in table if name not in placed and ring.owner(name) == asker.node)
-        held = tuple(hold for name in nest.holds.names() if placement.owner(name) == asker for hold in nest.holds.of(name))
+        names = [name for name in nest.holds.within(ring.arcs(asker.node)) if name not in table]
+        names += [name for name in placed if name in nest.holds]
+        held = tuple(hold for name in names for hold in nest.holds.of(name))
         nest.reply(envelope, msg.BarrierAnswer(ask.number, tuple(ring.weights.items()), placed, elsewhere, held))
 
     def _on_BarrierAnswer(self, envelope: msg.Envelope, answer: msg.BarrierAnswer) -> None:
@@ -129,8 +134,8 @@ class Inbox:
         fresh = envelope.number == nest.membership.peer(peer).heard
         if fresh and envelope.accepts and answer.number == nest.membership.number and peer in nest.membership.view:
             nest.mark(nest.barrier.take(peer, answer))
-            nest.mark(nest.waiting)
-            nest.asks.pop(peer, None)
+            nest.mark_cleared()
+            nest.answered(peer)
 
     # Lives
 

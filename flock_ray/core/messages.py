@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from flock_ray.core.aworset import Context, Prefix
+from flock_ray.core.aworset import Context, Hashes
 from flock_ray.core.replica import Content, Update
 from flock_ray.specs import Dot, Life, Name, NodeRecord
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(NamedTuple):
     """A hold, as a barrier answer reports it: the dot is held at this incarnation; `alive` if a life of it runs or starts."""
 
     name: Name
@@ -36,15 +35,17 @@ class Released:
 
 @dataclass(frozen=True, slots=True)
 class News:
-    """Changes, sent at once to all peers (S3). With `ack`, the receiver says `Acknowledge`."""
+    """Changes, sent to all peers (S3). What is in `acks` the receiver says again in `Acknowledge`."""
 
     update: Update
-    ack: str = ""
+    acks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Acknowledge:
-    ack: str
+    """What came with these is here."""
+
+    acks: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +69,20 @@ class SyncAsk:
     """Compare: my hashes of these nodes of the digest tree. `session` is echoed (M3)."""
 
     session: int
-    hashes: tuple[tuple[Prefix, int], ...]
+    hashes: Hashes
     context: int  # fingerprint of the shareable context
     outlook: Outlook
 
 
 @dataclass(frozen=True, slots=True)
 class SyncAnswer:
-    """What differs below: hashes of children, content of leaves; the whole context only where nothing differs at all."""
+    """What differs below: hashes of children, content of leaves; the whole context only where nothing differs at all.
+
+    Hashes of leaves are of those whose content would have been too much for one message: they are to be asked again.
+    """
 
     session: int
-    hashes: tuple[tuple[Prefix, int], ...]
+    hashes: Hashes
     content: Content | None
     context: Context | None
     outlook: Outlook

@@ -1,12 +1,16 @@
-"""What a nest can tell of birds and nests, from its replica alone: it asks nobody, so it answers on any side of a split."""
+"""What a nest can tell of birds and nests, from its replica alone: it asks nobody, so it answers on any side of a split.
+
+What has to look at all birds comes in steps of some ms: to look at 100,000 takes half a second, in which the nest has other things to do.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TypeAlias
 
-from flock_ray.core.registry import Registry
-from flock_ray.core.replica import Record
+from flock_ray.core.records import Record
+from flock_ray.core.registry import NAMES_A_STEP, Registry
 from flock_ray.specs import BirdInfo, Dot, Name, NestInfo
 
 Place: TypeAlias = tuple[str, str, str, bool]  # node, host, address of the host; does the bird have `async def` methods?
@@ -19,20 +23,29 @@ def info(nest: Registry, name: Name) -> BirdInfo | None:
     return None if winner is None else _info(nest, name, winner[1])
 
 
-def birds(nest: Registry, state: str | None, node: str | None, prefix: Name | None, of: str | None) -> list[BirdInfo]:
-    """All birds that match: a state, a node, the beginning of a name (text of a str, parts of a tuple), a class."""
-    found = (info(nest, name) for name in nest.replica if prefix is None or begins(name, prefix))
-    return [
-        bird
-        for bird in found
-        if bird is not None and state in (None, bird.state) and node in (None, bird.node_id) and of in (None, bird.class_name)
-    ]
+def birds(nest: Registry, state: str | None, node: str | None, prefix: Name | None, of: str | None) -> Iterator[list[BirdInfo]]:
+    """All birds that match: a state, a node, the beginning of a name (text of a str, parts of a tuple), a class. In steps."""
+    for names in _steps(nest):
+        found = (info(nest, name) for name in names if prefix is None or begins(name, prefix))
+        yield [
+            bird
+            for bird in found
+            if bird is not None and state in (None, bird.state) and node in (None, bird.node_id) and of in (None, bird.class_name)
+        ]
 
 
-def names(nest: Registry, prefix: Name | None, of: str | None) -> list[Name]:
-    """The names of all birds that match."""
-    found = ((name, nest.replica.winner(name)) for name in nest.replica if prefix is None or begins(name, prefix))
-    return [name for name, winner in found if winner is not None and of in (None, winner[1].spec.class_name)]
+def _steps(nest: Registry) -> Iterator[list[Name]]:
+    """The names there are now, some at a time; what comes or goes meanwhile may be missed or be gone."""
+    names = list(nest.replica)
+    for first in range(0, len(names), NAMES_A_STEP):
+        yield names[first : first + NAMES_A_STEP]
+
+
+def names(nest: Registry, prefix: Name | None, of: str | None) -> Iterator[list[Name]]:
+    """The names of all birds that match. In steps."""
+    for some in _steps(nest):
+        found = ((name, nest.replica.winner(name)) for name in some if prefix is None or begins(name, prefix))
+        yield [name for name, winner in found if winner is not None and of in (None, winner[1].spec.class_name)]
 
 
 def routes(nest: Registry, wanted: Iterable[Name]) -> tuple[list[Place], list[Row | None]]:
@@ -62,19 +75,26 @@ def begins(name: Name, prefix: Name) -> bool:
     return name == prefix
 
 
-def nests(nest: Registry) -> list[NestInfo]:
-    """The nests of this nest's view, by node id."""
+def held(nest: Registry) -> Iterator[Counter[str]]:
+    """How many birds live on each node, or should: counts of some birds at a time."""
+    for names in _steps(nest):
+        found = (info(nest, name) for name in names)
+        yield Counter(bird.node_id for bird in found if bird is not None and bird.node_id is not None)
+
+
+def nests(nest: Registry, held: Counter[str]) -> list[NestInfo]:
+    """The nests of this nest's view, by node id.
+
+    Args:
+        held: the sum of what `held` gives.
+    """
     ring = nest.membership.placement.ring
-    held: dict[str, int] = {}
-    for bird in (info(nest, name) for name in nest.replica):
-        if bird is not None and bird.node_id is not None:
-            held[bird.node_id] = held.get(bird.node_id, 0) + 1
 
     def rows() -> Iterator[NestInfo]:
         for life in sorted(nest.membership.view):
             record = nest.replica.nodes.get(life)
             address = record.address if record is not None else ""
-            yield NestInfo(life.node, address, ring.weights.get(life.node, 0), held.get(life.node, 0), ring.share(life.node))
+            yield NestInfo(life.node, address, ring.weights.get(life.node, 0), held[life.node], ring.share(life.node))
 
     return list(rows())
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from flock_ray.config import Config
@@ -22,18 +23,22 @@ from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
 from flock_ray.core import notices, wire
+from flock_ray.core.arcs import difference, inside
 from flock_ray.core.barrier import Barrier
 from flock_ray.core.desk import Desk
 from flock_ray.core.handover import Handover
-from flock_ray.core.holds import Holds, Phase
+from flock_ray.core.holds import BirdLife, Holds, Phase
 from flock_ray.core.inbox import Inbox
 from flock_ray.core.membership import REMEMBERED, Membership
-from flock_ray.core.replica import Record, RecordChange, Replica
+from flock_ray.core.records import Record
+from flock_ray.core.replica import RecordChange, Replica
 from flock_ray.core.supervision import Supervision
 from flock_ray.core.sync import Sync
-from flock_ray.specs import Dot, Life, Name, Spec, Stamp, Status
+from flock_ray.specs import Dot, Life, Name, Spec, Stamp, Status, name_hash
 
 NAMES_A_STEP = 1000  # looked at in one `handle`: about 20 ms, so that a nest goes on answering in a big change
+LITTLE = 32  # changes that are told at once within `GATHER`: what is more is a burst, and told together
+GATHER = 0.02  # seconds for which news of a burst is gathered: a start and its statuses then go as one entry
 RELAY_AFTER = 2  # unanswered tries before every other one goes through a third nest (H2)
 AWAKE = float("inf")
 
@@ -74,6 +79,9 @@ class Registry:
         self.waiting: set[Name] = set()  # owned here, and something is missing before they can be hatched
         self._crowded: set[Name] = set()  # of these, those this nest does not admit (P3)
         self._changes: list[RecordChange] = []  # made here, to be told
+        self._gather_until = 0.0  # on the clock of `handle`
+        self._told = 0  # changes, since `GATHER` before that
+        self._ring = self.membership.placement.ring  # by which names were looked at last
         self._out: list[do.Effect] = []
         self.asks: dict[Life, Attempt] = {}
         self._next_sync = AWAKE
@@ -93,8 +101,16 @@ class Registry:
         Returns:
             What is to be done, in order.
         """
+        return self.handle_all((event,), now)
+
+    def handle_all(self, events: Iterable[ev.Event], now: float) -> list[do.Effect]:
+        """Takes many events in, in order, and looks once at what follows: of a burst this is half the cost.
+
+        Not more than some thousand at a time, for the nest answers nobody meanwhile.
+        """
         self.now = now
-        getattr(self, f"_on_{type(event).__name__}")(event)
+        for event in events:
+            getattr(self, f"_on_{type(event).__name__}")(event)
         self._advance()
         effects, self._out = self._out, []
         return effects
@@ -108,6 +124,8 @@ class Registry:
         times += [attempt.again_at for attempt in self.asks.values()]
         if self._code_ask_at > self.now:
             times.append(self._code_ask_at)
+        if self._changes:
+            times.append(self._gather_until)
         return min(times)
 
     def owns(self, name: Name) -> bool:
@@ -214,7 +232,8 @@ class Registry:
     def _evaluate(self, name: Name) -> None:
         self.waiting.discard(name)
         self._crowded.discard(name)
-        self._reap(name)
+        if name in self.holds:
+            self._reap(name)
         if self.membership.ready and self.owns(name):
             winner = self.replica.winner(name)
             if winner is not None:
@@ -256,6 +275,8 @@ class Registry:
                 self.supervision.end(life, "stopped", keep=False)
         if dot in self.holds.lives:
             self.supervision.raise_incarnation(self.holds.lives[dot], record)
+            if (life := self.holds.lives[dot]).phase is not Phase.ENDING and self._outbid(life):
+                self.waiting.add(name)  # put off until that nest is admitted, or dead
         elif not self.holds.lives_of(name):
             self._hatch(name, dot, record)
 
@@ -277,11 +298,17 @@ class Registry:
                 self.changed(self.replica.set_status(name, dot, pending))
             return
         self.supervision.hatch(name, dot, record)
+        self._dirty.pop(name, None)  # what it has written is seen by the rest of this look
+
+    def _outbid(self, life: BirdLife) -> bool:
+        """Does the flock know a status of the dot that counts for more than this life's?"""
+        record = self.replica.record(life.name, life.dot)
+        status = record.status if record is not None else None
+        return status is not None and (status.incarnation, status.life) != (life.incarnation, self.me)
 
     def _not_admitted(self, status: Status | None) -> str:
         """Why this nest does not take one more bird (P3); empty if it does."""
-        view = {life.node for life in self.membership.view}
-        if self.membership.paused and (status is None or status.life.node not in view):
+        if self.membership.paused and (status is None or status.life.node not in {life.node for life in self.membership.view}):
             return "this side of a split has less than half of the nodes, and minority is 'pause'"
         if self.config.max_birds is not None and len(self.holds.lives) >= self.config.max_birds:
             return f"its node holds max_birds={self.config.max_birds} already"
@@ -309,15 +336,17 @@ class Registry:
             self._adopted(old)
         if self.membership.ready and not was_ready:
             self.notice(notices.NestReady(self.me, self.me))
-            self.mark(self.replica)
+            self.mark(self.replica.birds.within(self.membership.placement.ring.arcs(self.me.node)))
+            self.mark(self.membership.placement.table())
             self.mark(self.holds.names())
+            self.mark(self.desk.names())
         self.placement_changed()
         self.supervision.run_timers()
         self.desk.run()
-        for _ in range(min(NAMES_A_STEP, len(self._dirty))):
-            name = next(iter(self._dirty))
-            del self._dirty[name]
-            self._evaluate(name)
+        for name in tuple(islice(self._dirty, NAMES_A_STEP)):
+            if name in self._dirty:
+                del self._dirty[name]
+                self._evaluate(name)
         self._ask_barrier()
         self.handover.run()
         self._synchronise()
@@ -330,11 +359,23 @@ class Registry:
             self.notice(notices.NestJoined(self.me, life))
         for life in sorted(old - view):
             self.notice(notices.NestLeft(self.me, life))
-        self.barrier.adopted(old)
-        self.asks = {life: attempt for life, attempt in self.asks.items() if life in view}
+        self.mark(self.barrier.reports)
+        self.mark(self.barrier.adopted(old))
+        # What was asked of the old view is answered in vain, so all are asked anew, at once.
+        self.asks = {life: Attempt(self.now, attempt.count) for life, attempt in self.asks.items() if life in view}
         self.handover.view_changed()
-        self.mark(self.replica)
-        self.mark(self.holds.names())
+        # Only what this nest owns now and did not before, and what has not come to an end: nothing else can be due.
+        placement = self.membership.placement
+        gained = difference(placement.ring.arcs(self.me.node), self._ring.arcs(self.me.node))
+        self._ring = placement.ring
+        self.mark(self.waiting)
+        self.mark(self.holds.within(gained))
+        if self.barrier.unanimous:
+            self.mark(self.replica.birds.within(gained))
+        else:
+            self.waiting.update(self.replica.birds.within(gained))  # looked at when the others have answered
+        self.mark(placement.table())
+        self.mark(self.desk.names())
 
     def placement_changed(self) -> None:
         """Placed names have new owners: like a view of its own, or answers given before could be taken for later ones (M3)."""
@@ -403,13 +444,27 @@ class Registry:
                 self.send(life, msg.CodeAsk(missing))
 
     def _publish(self) -> None:
-        """Tells all peers at once what was changed here (S3)."""
-        if not self._changes:
+        """Tells all peers what was changed here (S3): at once, but in a burst every `GATHER` seconds, as what it has become meanwhile.
+
+        For S6 that means: outside of bursts "starting" is handed to the sender with the `Hatch` it speaks of; in a burst up to `GATHER`
+        later, which is less than a process takes to run a line of the bird. A bird that is faster, and takes its node down, goes uncounted
+        that once.
+        """
+        changes = self._changes
+        if not changes:
             return
-        changes, self._changes = self._changes, []
-        news = msg.News(self.replica.update_of(changes), self.desk.ack_wanted())
-        for life in self.membership.living():
-            self.send(life, news)
+        if self.now >= self._gather_until:
+            self._gather_until, self._told = self.now + GATHER, 0
+        elif self._told + len(changes) > LITTLE and not self.desk.waits_for_acks:
+            return
+        self._changes = []
+        self._told += len(changes)
+        living = self.membership.living()
+        acks = self.desk.acks_wanted()
+        for update in self.replica.updates_of(changes) if living else ():
+            news = msg.News(update, tuple(acks[name] for name in update.delta.entries if name in acks) if acks else ())
+            for life in living:
+                self.send(life, news)
 
     # The dead are forgotten in the end (S2)
 
@@ -440,12 +495,37 @@ class Registry:
             self._dirty[name] = None
 
     def joined(self, changes: Iterable[RecordChange]) -> None:
-        self.mark(change.key for change in changes)
+        """What others have changed: most of it is none of this nest's business."""
+        dirty, holds, desk, owns = self._dirty, self.holds, self.desk, self.owns
+        for name, _, _ in changes:
+            if name in holds or desk.waits_for(name) or name in self.waiting or owns(name):
+                dirty[name] = None
 
     def changed(self, change: RecordChange | None) -> None:
-        if change is not None:
-            self._changes.append(change)
-            self.mark([change.key])
+        """What was changed here is told, and looked at, unless it is what a life here says of itself: that decides nothing."""
+        if change is None:
+            return
+        self._changes.append(change)
+        name, before, after = change
+        own = len(before) == len(after) == 1 and after[0][0] in self.holds.lives and len(self.holds.dots(name)) == 1
+        if not own or name in self.barrier.reports or name in self.waiting or self.desk.waits_for(name):
+            self._dirty[name] = None
+
+    def answered(self, peer: Life) -> None:
+        """A member has answered. One with another ring is asked again when its view is another: asked at once it would say the same."""
+        clearance = self.barrier.clearances.get(peer)
+        if clearance is not None and not clearance.current:
+            self.asks[peer] = Attempt(self.now + self.config.retry_interval, 0)
+        else:
+            self.asks.pop(peer, None)
+
+    def mark_cleared(self) -> None:
+        """A member has answered: marks what may be hatched now. One answer of several need not clear anything, so arcs are asked first."""
+        if self.barrier.unanimous:
+            self.mark(self.waiting)
+            return
+        cleared, placed = inside(self.barrier.cleared_arcs()), self.membership.placement.table()
+        self.mark([name for name in self.waiting if name in placed or cleared(name_hash(name))])
 
     def mark_crowded(self) -> None:
         """There may be room again."""

@@ -9,56 +9,20 @@ Rules kept here: S4 (the winner is chosen when reading), S5 (code once, by diges
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import TypeVar
+from itertools import chain
+from typing import Any, TypeVar
 
 from flock_ray.core.aworset import AWORSet, Change, Context, Delta, Pairs, Part
+from flock_ray.core.records import Columns, Record, pack, shared, unpack
 from flock_ray.specs import Dot, Life, Name, NodeRecord, Spec, Stamp, Status, name_hash
 
 T = TypeVar("T")
 
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What is known of one dot."""
-
-    spec: Spec
-    status: Status | None = None
-
-    def join(self, other: Record) -> Record:
-        """The later status wins; specs of one dot are equal."""
-        if other.status is None or (self.status is not None and self.status.order >= other.status.order):
-            return self
-        return Record(self.spec, other.status)
-
-    def fingerprint(self) -> object:
-        return None if self.status is None else self.status.order
-
-    def shared(self) -> Record:
-        """The same with its common parts shared with other records.
-
-        What comes in messages has copies of its own of everything: 2.5 KB a name were measured without this, 1.0 KB with it.
-        """
-        spec, status = self.spec, self.status
-        kind = _common((spec.module, spec.qualname, spec.code, spec.options, spec.runtime_env))
-        module, qualname, code, options, runtime_env = kind
-        spec = Spec(module, qualname, code, spec.args, options, runtime_env, spec.stamp, spec.request_id)
-        if status is not None:
-            status = status._replace(life=_common(status.life), state=_common(status.state))
-        return Record(spec, status)
-
-
-@lru_cache(maxsize=1024)
-def _common(value: T) -> T:
-    """The first value that was equal to this one. Bounded, for lives and classes come and go; a miss costs memory only."""
-    return value
-
-
-def _shared(entries: Mapping[Name, Pairs[Record]]) -> dict[Name, Pairs[Record]]:
-    return {name: tuple((Dot(_common(dot.life), dot.counter), record.shared()) for dot, record in pairs) for name, pairs in entries.items()}
-
+#: A message of records is bounded, so that who takes it in goes on answering: 1,000 take some 10 ms.
+RECORDS = 1_000
+BYTES = 1_000_000  # of start arguments in one message, unless those of one name alone are more
 
 RecordChange = Change[Name, Record]
 RecordDelta = Delta[Name, Record]
@@ -67,19 +31,39 @@ RecordPart = Part[Name, Record]
 
 @dataclass(slots=True)
 class Update:
-    """What one replica tells another: a delta, the code it needs first, and node records."""
+    """What one replica tells another: a delta, the code it needs first, and node records. It is pickled as columns."""
 
     delta: RecordDelta = field(default_factory=Delta)
     code: dict[str, bytes] = field(default_factory=dict)
     nodes: tuple[NodeRecord, ...] = ()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        entries = self.delta.entries
+        gone = self.delta.context.difference(dot for pairs in entries.values() for dot, _ in pairs)
+        return _update, (pack(entries, sorted(gone)), self.code, self.nodes)
+
+
+def _update(columns: Columns, code: dict[str, bytes], nodes: tuple[NodeRecord, ...]) -> Update:
+    entries, gone = unpack(columns)
+    context = {dot for pairs in entries.values() for dot, _ in pairs}
+    context.update(gone)
+    return Update(Delta(entries, context), code, nodes)
+
 
 @dataclass(slots=True)
 class Content:
-    """All that one replica holds of some names at one instant, and the code of their specs."""
+    """All that one replica holds of some names at one instant, and the code of their specs. It is pickled as columns."""
 
     part: RecordPart
     code: dict[str, bytes]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        part = self.part
+        return _content, (part.leaves, part.keys, pack(part.entries), part.context, self.code)
+
+
+def _content(leaves: Sequence[int], keys: tuple[Name, ...], columns: Columns, context: Context, code: dict[str, bytes]) -> Content:
+    return Content(Part(leaves, keys, unpack(columns)[0], context), code)
 
 
 class Replica:
@@ -96,6 +80,7 @@ class Replica:
         self.latest_stamp = Stamp(0, 0)  # of any spec seen, for the hybrid logical clock
         self._users: Counter[str] = Counter()  # specs by code digest
         self._adders: Counter[Life] = Counter()  # entries by the life that added them
+        self._environments: Counter[str] = Counter()  # specs by runtime_env
 
     # Reading
 
@@ -125,10 +110,14 @@ class Replica:
         """Digests that a spec needs and nobody has sent yet."""
         return [digest for digest in self._users if digest not in self.code]
 
+    def environments(self) -> Iterable[str]:
+        """The different `runtime_env` of all specs."""
+        return tuple(self._environments)
+
     # Writing
 
     def add(self, name: Name, dot: Dot, spec: Spec, code: bytes | None) -> RecordChange:
-        (change,) = self._seen([self.birds.add(name, dot, Record(spec).shared())])
+        (change,) = self._seen([self.birds.add(name, dot, Record(shared(spec)))])
         if code is not None:
             self.code.setdefault(spec.code, code)
         return change
@@ -152,12 +141,12 @@ class Replica:
 
     def join(self, update: Update) -> list[RecordChange]:
         self.learn(update.nodes)
-        changes = self._seen(self.birds.join(Delta(_shared(update.delta.entries), update.delta.context)))
+        changes = self._seen(self.birds.join(update.delta))
         self.take_code(update.code)
         return changes
 
     def join_part(self, part: RecordPart) -> list[RecordChange]:
-        return self._seen(self.birds.join_part(Part(part.leaves, part.keys, _shared(part.entries), part.context)))
+        return self._seen(self.birds.join_part(part))
 
     def join_content(self, content: Content) -> list[RecordChange]:
         changes = self.join_part(content.part)
@@ -190,22 +179,48 @@ class Replica:
     def update_of(self, changes: Iterable[RecordChange]) -> Update:
         """The news of these changes. New specs take their code along: who dropped it with its last spec needs it again (S5)."""
         changes = list(changes)
-        new = {r.spec.code for c in changes for dot, r in c.after if r.status is None and dot not in dict(c.before)}
+        new: set[str] = set()
+        for _, before, after in changes:
+            known = [dot for dot, _ in before]
+            new.update(record.spec.code for dot, record in after if record.status is None and dot not in known)
         return Update(self.birds.delta_of(changes), {digest: self.code[digest] for digest in new if digest in self.code})
 
-    def update_against(self, part: RecordPart) -> Update | None:
-        """What the sender of a part lacks of it; `None` if nothing."""
+    def updates_of(self, changes: Sequence[RecordChange]) -> list[Update]:
+        """The same in messages of bounded size, each good without the others. Changes of one name stay together."""
+        if len(changes) <= RECORDS and sum(_size_of(change.after)[1] for change in changes) <= BYTES:
+            return [self.update_of(changes)]
+        by_name: dict[Name, list[RecordChange]] = {}
+        for change in changes:
+            by_name.setdefault(change.key, []).append(change)
+        groups = bounded(by_name.values(), lambda group: max(_size_of(change.after) for change in group))
+        return [self.update_of(chain.from_iterable(some)) for some in groups]
+
+    def updates_against(self, part: RecordPart) -> list[Update]:
+        """What the sender of a part lacks of it, in messages of bounded size."""
         delta = self.birds.delta_against(part)
-        if not delta.context:
-            return None
-        digests = {record.spec.code for pairs in delta.entries.values() for _, record in pairs}
-        return Update(delta, {digest: self.code[digest] for digest in digests if digest in self.code})
+        gone = delta.context.difference(dot for pairs in delta.entries.values() for dot, _ in pairs)
+        updates = []
+        for entries in bounded(delta.entries.items(), lambda entry: _size_of(entry[1])):
+            some = Delta(dict(entries), {dot for _, pairs in entries for dot, _ in pairs})
+            if gone:
+                some.context.update(dot for name, _ in entries for dot, _ in part.entries.get(name, ()) if dot in gone)
+            updates.append(Update(some, self._code_of(some.entries)))
+        return updates
+
+    def _code_of(self, entries: Mapping[Name, Pairs[Record]]) -> dict[str, bytes]:
+        """The code that these entries need."""
+        digests = {record.spec.code for pairs in entries.values() for _, record in pairs}
+        return {digest: self.code[digest] for digest in digests if digest in self.code}
+
+    def size_of_leaf(self, leaf: int) -> tuple[int, int]:
+        """How many names a leaf has, and how many bytes of start arguments."""
+        names = self.birds.keys_of(leaf)
+        return len(names), sum(_size_of(self.birds.get(name))[1] for name in names)
 
     def content(self, names: Iterable[Name] = (), leaves: Iterable[int] = ()) -> Content:
         """What is held of these names and leaves of the digest tree, now."""
         part = self.birds.part(names, leaves)
-        digests = {record.spec.code for pairs in part.entries.values() for _, record in pairs}
-        return Content(part, {digest: self.code[digest] for digest in digests if digest in self.code})
+        return Content(part, self._code_of(part.entries))
 
     def update_for(self, name: Name, dot: Dot) -> Update:
         """One dot as it is now, with its code."""
@@ -226,30 +241,73 @@ class Replica:
 
     def _seen(self, changes: list[RecordChange]) -> list[RecordChange]:
         unused: set[str] = set()
-        for change in changes:
-            before, after = dict(change.before), dict(change.after)
-            come, gone = after.keys() - before.keys(), before.keys() - after.keys()
-            for dot in come:
-                spec = after[dot].spec
-                self._users[spec.code] += 1
-                self._adders[dot.life] += 1
-                self.latest_stamp = max(self.latest_stamp, spec.stamp)
-                if spec.options.placed:
-                    self.placed[dot] = change.key
-            for dot in gone:
-                digest = before[dot].spec.code
-                self._adders[dot.life] -= 1
-                self._users[digest] -= 1
-                if not self._adders[dot.life]:
-                    del self._adders[dot.life]
-                if not self._users[digest]:
-                    unused.add(digest)
-                self.placed.pop(dot, None)
+        for name, before, after in changes:
+            if len(before) == len(after) == 1 and before[0][0] == after[0][0]:
+                continue  # a status: nearly always
+            if not before and len(after) == 1:  # a bird: what nearly all others are
+                ((dot, record),) = after
+                self._comes(name, dot, record.spec)
+                continue
+            had, has = dict(before), dict(after)
+            come = [(dot, record.spec) for dot, record in after if dot not in had]
+            gone = [(dot, record.spec) for dot, record in before if dot not in has]
+            for dot, spec in come:
+                self._comes(name, dot, spec)
+            for dot, spec in gone:
+                self._goes(dot, spec)
+                if not self._users[spec.code]:
+                    unused.add(spec.code)
             # Any dot of such a name counts: one without demands that comes or goes may make another the winner.
-            if (come or gone) and any(record.spec.options.placed for record in (*before.values(), *after.values())):
+            if (come or gone) and self.placed and any(record.spec.options.placed for _, record in (*before, *after)):
                 self.version += 1
         for digest in unused:
             if not self._users[digest]:  # asked after all changes: one may remove the last user and a later one add another
                 del self._users[digest]
                 self.code.pop(digest, None)
         return changes
+
+    def _comes(self, name: Name, dot: Dot, spec: Spec) -> None:
+        self._users[spec.code] += 1
+        self._adders[dot.life] += 1
+        self.latest_stamp = max(self.latest_stamp, spec.stamp)
+        if spec.runtime_env is not None:
+            self._environments[spec.runtime_env] += 1
+        if spec.options.placed:
+            self.placed[dot] = name
+            self.version += 1
+
+    def _goes(self, dot: Dot, spec: Spec) -> None:
+        self._users[spec.code] -= 1
+        self._adders[dot.life] -= 1
+        if not self._adders[dot.life]:
+            del self._adders[dot.life]
+        if spec.runtime_env is not None:
+            self._environments[spec.runtime_env] -= 1
+            if not self._environments[spec.runtime_env]:
+                del self._environments[spec.runtime_env]
+        if self.placed.pop(dot, None) is not None:
+            self.version += 1
+
+
+def _size_of(pairs: Pairs[Record]) -> tuple[int, int]:
+    """One name, and the bytes of its start arguments."""
+    return 1, sum([len(record.spec.args) for _, record in pairs])
+
+
+def bounded(items: Iterable[T], size: Callable[[T], tuple[int, int]]) -> Iterator[list[T]]:
+    """The items in lists that are not too much for one message, at least one in each.
+
+    Args:
+        size: how many names an item has, and how many bytes.
+    """
+    some: list[T] = []
+    names = length = 0
+    for item in items:
+        more_names, more_bytes = size(item)
+        names, length = names + more_names, length + more_bytes
+        if some and (names > RECORDS or length > BYTES):
+            yield some
+            some, names, length = [], more_names, more_bytes
+        some.append(item)
+    if some:
+        yield some

@@ -19,7 +19,7 @@ from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
 from flock_ray.core import notices, wire
 from flock_ray.core.holds import BirdLife, Phase
-from flock_ray.core.replica import Record
+from flock_ray.core.records import Record
 from flock_ray.specs import Dot, Name, Status
 
 if TYPE_CHECKING:
@@ -129,7 +129,6 @@ class Supervision:
             self._nest.effect(do.Forget(life.dot))
         self.write(life, "running")
         self._nest.notice(notices.BirdRunning(self._nest.me, life.name, life.dot, life.incarnation))
-        self._nest.mark([life.name])
 
     def crashed(self, event: wire.LifeCrashed) -> None:
         life = self._nest.holds.life(event.dot, event.born)

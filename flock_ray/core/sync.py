@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from flock_ray.core.aworset import ROOT, Prefix
+from flock_ray.core.aworset import DEPTH, ROOT, Hashes, Prefix
 from flock_ray.core.messages import Outlook, SyncAnswer, SyncAsk
-from flock_ray.core.replica import RecordChange, Replica, Update
+from flock_ray.core.replica import RecordChange, Replica, Update, bounded
 from flock_ray.specs import Life
 
 NODES_A_STEP = 128  # of the tree in one message: 4 KB of hashes, or some thousand names
@@ -40,7 +40,7 @@ class Progress:
     """What an answer brought: changes here, news for the peer, and whether the comparison is complete."""
 
     changes: list[RecordChange]
-    news: Update | None
+    news: list[Update]
     complete: bool
 
 
@@ -63,19 +63,21 @@ class Sync:
         session.asked = tuple(session.todo[:NODES_A_STEP])
         session.ask_again_at = now + self._retry
         session.attempts += 1
-        hashes = tuple((prefix, self._replica.birds.digest(prefix)) for prefix in session.asked)
+        hashes = Hashes((prefix, self._replica.birds.digest(prefix)) for prefix in session.asked)
         context = self._replica.shareable_context(fading).fingerprint()
         return SyncAsk(session.number, hashes, context, outlook)
 
     def answer(self, ask: SyncAsk, fading: Iterable[Life], outlook: Outlook) -> SyncAnswer:
         birds = self._replica.birds
-        children, leaves = birds.descend(dict(ask.hashes))
+        hashes, differing = birds.descend(ask.hashes)
+        leaves = next(bounded(differing, self._replica.size_of_leaf), [])
+        hashes.update((leaf, birds.digest(leaf)) for leaf in (Prefix(DEPTH, number) for number in differing[len(leaves) :]))
         content = self._replica.content(leaves=leaves) if leaves else None
         context = None
-        if not children and not leaves and any(prefix == ROOT for prefix, _ in ask.hashes):
+        if not hashes and not leaves and ROOT in ask.hashes:
             shared = self._replica.shareable_context(fading)
             context = shared if shared.fingerprint() != ask.context else None
-        return SyncAnswer(ask.session, tuple(children.items()), content, context, outlook)
+        return SyncAnswer(ask.session, hashes, content, context, outlook)
 
     def proceed(self, peer: Life, answer: SyncAnswer) -> Progress | None:
         """Takes an answer in; `None` if nobody waits for it (a duplicate, or of an older comparison)."""
@@ -83,14 +85,14 @@ class Sync:
         if session is None or session.number != answer.session or not session.asked:
             return None
         changes: list[RecordChange] = []
-        news = None
+        news: list[Update] = []
         if answer.content is not None:
-            news = self._replica.update_against(answer.content.part)
+            news = self._replica.updates_against(answer.content.part)
             changes = self._replica.join_content(answer.content)
         if answer.context is not None:
             self._replica.birds.merge_context(answer.context)
         rest = session.todo[len(session.asked) :]
-        session.todo = self._replica.birds.differing(dict(answer.hashes)) + rest
+        session.todo = self._replica.birds.differing(answer.hashes) + rest
         session.asked, session.attempts, session.ask_again_at = (), 0, 0.0
         if not session.todo:
             del self.sessions[peer]

@@ -62,7 +62,7 @@ class Hosts:
         node: str,
         nest: ActorHandle[Any],
         in_thread: InThread,
-        tell: Callable[[ev.Event], None],
+        tell: Callable[..., None],
         refused: Callable[[str, str, int], object],
     ) -> None:
         self._record = record
@@ -200,7 +200,14 @@ class Hosts:
     # What hosts say
 
     def word(self, word: object) -> None:
-        """Takes what a host says. Unknown hosts are of nobody's making any more, and are ended."""
+        """Takes what a host says."""
+        words = word.words if isinstance(word, wire.Words) else (word,)
+        events = [event for event in map(self._take, words) if event is not None]
+        if events:
+            self._tell(*events)
+
+    def _take(self, word: object) -> ev.Event | None:
+        """Takes one word, and says what of it is an event. Unknown hosts are of nobody's making any more, and are ended."""
         if isinstance(word, wire.HostUp):
             process = self._processes.get(word.host)
             if process is None:
@@ -216,10 +223,11 @@ class Hosts:
         elif isinstance(word, wire.Refused):
             self._refused(word.host, word.why, word.times)
         elif isinstance(word, wire.LifeRunning):
-            self._tell(word)
+            return word
         elif isinstance(word, wire.LifeCrashed | wire.LifeExited | wire.LifeEnded):
             self._ended_of_itself(word)
-            self._tell(word)
+            return word
+        return None
 
     def _ended_of_itself(self, word: wire.LifeCrashed | wire.LifeExited | wire.LifeEnded) -> None:
         held = self._lives.get((word.dot, word.born))
@@ -262,6 +270,7 @@ class Hosts:
         """A process is gone, with all it held."""
         guilty = suspects(self._directory, process.pid) if process.kind.light else frozenset()
         pause = self._pause_after_death() if process.kind.light and not process.condemned else 0.0
+        events: list[ev.Event] = []
         for held in [held for held in self._lives.values() if held.process is process]:
             was_over = held.over
             self._over(held)
@@ -269,9 +278,11 @@ class Hosts:
             if was_over:
                 continue
             if not process.kind.light or held.killed_for or (held.dot.counter, held.dot.life.number) in guilty:
-                self._tell(wire.LifeCrashed(held.dot, held.born, held.killed_for or why))
+                events.append(wire.LifeCrashed(held.dot, held.born, held.killed_for or why))
             else:
-                self._tell(ev.LifeLost(held.dot, held.born, f"the process that it shared ended: {why}", pause))
+                events.append(ev.LifeLost(held.dot, held.born, f"the process that it shared ended: {why}", pause))
+        if events:
+            self._tell(*events)
 
     def _pause_after_death(self) -> float:
         """Seconds to wait before birds are hatched again whose process has died: none at first, more when that happens again and again."""

@@ -7,6 +7,7 @@ the head cannot be reached, and the loop has to go on answering.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import pickle
@@ -14,12 +15,12 @@ import random
 import sys
 import time
 import uuid
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import ray
@@ -27,8 +28,8 @@ from ray.actor import ActorHandle
 
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
+from flock_ray.core import letters, readings, wire
 from flock_ray.core import messages as msg
-from flock_ray.core import readings, wire
 from flock_ray.core.connection import ANSWER, NOTE
 from flock_ray.core.notices import ConnectionsRefused, Notice
 from flock_ray.core.registry import Registry
@@ -39,7 +40,9 @@ from flock_ray.runtime.loglines import LogLines
 from flock_ray.runtime.members import Members
 from flock_ray.runtime.peers import Door, Wire, Wires
 from flock_ray.runtime.tls import contexts
-from flock_ray.specs import Life, Name
+from flock_ray.specs import Life, Name, brought
+
+T = TypeVar("T")
 
 logger = logging.getLogger("flock_ray.nest")
 
@@ -47,6 +50,9 @@ POLL = 1.0  # seconds between looks at Ray's node table, which costs it a millis
 PROBE = 0.5  # seconds until a raylet that does not answer counts as cut off
 SHARE_SETTLES = 1.0  # seconds: in a burst of changes the load is told once
 FLUSH = 0.005  # seconds between messages to a peer: one costs 1 to 3 ms of CPU as a Ray call, so in a burst they are sent together
+READING = 0.02  # seconds for which letters are read before others have their turn
+MANY = 1_000  # birds in an answer, to be pickled in a thread
+GROWN = 5_000  # names, after which the garbage collector is told to leave alone what there is
 NOTICES = 1000  # the latest are kept, for people who ask
 SHUTDOWN = 10.0  # seconds that birds have to end when the flock is destroyed
 
@@ -71,6 +77,7 @@ class Nest:
         self._peers: dict[str, ActorHandle[Any]] = {}
         self._finding: set[str] = set()
         self._outbox: dict[str, list[tuple[Life, msg.Envelope]]] = {}
+        self._inbox: deque[Iterator[msg.Envelope]] = deque()
         self._replies: dict[str, Callable[[ev.Outcome], object]] = {}
         self._flushed = 0.0  # when, on the loop's clock
         self._flush_timer: asyncio.TimerHandle | None = None
@@ -80,6 +87,7 @@ class Nest:
         self._ending = False
         self._log_lines = LogLines(logger)
         self._notices: deque[Notice] = deque(maxlen=NOTICES)
+        self._frozen = 0  # names there were when the garbage collector was last told to leave all alone
         self._share: tuple[int, int] | None = None
         self._share_timer: asyncio.TimerHandle | None = None
         self._memory_low = False
@@ -92,6 +100,8 @@ class Nest:
         self._door: Door | None = None
         self._refusals = Refusals(self._tell_refused)
         self._hosts = Hosts(self._record, node, self._me, self._in_thread, self._handle, self._turned_away)
+        gc.set_threshold(10_000, 10, 10)  # young objects of a burst all live on: to look for garbage among each 700 of them is in vain
+        self._freeze(0)
         _log_to_stderr()
         self._end_with_the_raylet()
         self._task(self._run())
@@ -210,12 +220,9 @@ class Nest:
         registry = self._registry
         if registry is None:
             return
-        now, wanted = time.monotonic(), set()
-        for name in registry.replica:
-            for _, record in registry.replica.records(name):
-                env = record.spec.brought.get("env")
-                if env and self._pinned.get(env, 0.0) <= now:
-                    wanted.add(env)
+        now = time.monotonic()
+        envs = {brought(runtime_env).get("env") for runtime_env in registry.replica.environments()}
+        wanted = {env for env in envs if env and self._pinned.get(env, 0.0) <= now}
         if wanted:
             await self._in_thread(cluster.pin, sorted(wanted))
             self._pinned.update(dict.fromkeys(wanted, now + cluster.PIN_SECONDS / 3))
@@ -226,18 +233,29 @@ class Nest:
         registry = self._registry
         if registry is None or self._ending:  # a flock that ends hatches nothing any more
             return
-        for event in events:
-            for effect in registry.handle(event, time.monotonic()):
-                getattr(self, f"_do_{type(effect).__name__}")(effect)
+        for effect in registry.handle_all(events, time.monotonic()):
+            getattr(self, f"_do_{type(effect).__name__}")(effect)
         if self._outbox and self._flush_timer is None:
             self._flush_timer = self._loop.call_at(self._flushed + FLUSH, self._flush)
         if registry.membership.ready and not self._ready.is_set():
             self._ready.set()
         self._note_share(registry)
+        if abs(len(registry.replica) - self._frozen) >= GROWN:
+            self._freeze(len(registry.replica))
         if self._wake is not None:
             self._wake.cancel()
         delay = registry.wake_at() - time.monotonic()
         self._wake = self._loop.call_later(min(max(delay, 0.0), 60.0), self._handle, ev.Tick())
+
+    def _freeze(self, names: int) -> None:
+        """Tells Python's garbage collector to leave alone what there is now.
+
+        It would walk through all objects there are again and again: 10 for each name, a pause of 0.1 s at 100,000 names and of a second at
+        a million, and a third of what a start costs (measured). A replica has no cycles, so it never finds anything there.
+        """
+        gc.collect()  # or what is garbage now would stay for ever; only what came since the last time is walked through: some ms
+        gc.freeze()
+        self._frozen = names
 
     def _do_Send(self, effect: do.Send) -> None:
         self._outbox.setdefault(effect.to.node, []).append((effect.to, effect.envelope))
@@ -246,26 +264,30 @@ class Nest:
         """One message for each peer, whatever was brought forth since the last."""
         self._flushed, self._flush_timer = self._loop.time(), None
         outbox, self._outbox = self._outbox, {}
-        for node, letters in outbox.items():
-            door = self._members.door(node) if self._members is not None else ""
-            packed = pickle.dumps(letters, protocol=5)
-            if door and self._wires.send(node, door, NOTE, wire.encode(wire.ForNest("letters"), packed)):
-                continue
-            handle = self._peers.get(node)
-            if handle is not None:
-                handle.deliver.remote(packed)
-            elif node not in self._finding:
-                self._finding.add(node)
-                self._task(self._find(node, packed))
+        bodies = letters.Bodies()
+        for node, envelopes in outbox.items():
+            for packed in letters.pack(envelopes, bodies):
+                self._post(node, packed)
+
+    def _post(self, node: str, packed: bytes) -> None:
+        door = self._members.door(node) if self._members is not None else ""
+        if door and self._wires.send(node, door, NOTE, wire.encode(wire.ForNest("letters"), packed)):
+            return
+        handle = self._peers.get(node)
+        if handle is not None:
+            handle.deliver.remote(packed)
+        elif node not in self._finding:
+            self._finding.add(node)
+            self._task(self._find(node, packed))
 
     def _not_sent(self, node: str, body: bytes) -> None:
         """What could not be sent over a socket: letters of nests are lost, as on any network, and sent anew where they matter."""
         logger.debug("%d bytes for the nest of node %s could not be sent", len(body), node)
 
-    async def _find(self, node: str, letters: bytes) -> None:
+    async def _find(self, node: str, packed: bytes) -> None:
         try:
             self._peers[node] = handle = await self._in_thread(cluster.nest_handle, self._record.life, node)
-            handle.deliver.remote(letters)
+            handle.deliver.remote(packed)
         except (ray.exceptions.RayError, RuntimeError, OSError, ValueError, TimeoutError):
             logger.debug("the nest of node %s cannot be found", node)  # its messages are lost, as on any network
         finally:
@@ -347,7 +369,7 @@ class Nest:
         try:
             head, rest = wire.decode(body)
             if kind == NOTE:
-                self._take_letters(bytes(rest))
+                self._take_letters(rest)
             else:
                 self._task(self._answer(link, number, _ANSWERED[head.what], bytes(rest)))
         except Exception:
@@ -434,37 +456,66 @@ class Nest:
         if kind == "info":
             answer: Any = readings.info(registry, *rest)
         elif kind == "birds":
-            answer = readings.birds(registry, *rest)
+            answer = [bird for birds in await self._stepwise(readings.birds(registry, *rest)) for bird in birds]
         elif kind == "names":
-            answer = readings.names(registry, *rest)
+            answer = [name for names in await self._stepwise(readings.names(registry, *rest)) for name in names]
         elif kind == "count":
             answer = len(registry.replica)
         elif kind == "nests":
-            answer = readings.nests(registry)
+            answer = readings.nests(registry, sum(await self._stepwise(readings.held(registry)), Counter()))
         elif kind == "notices":
             answer = list(self._notices)
         else:
             raise ValueError(f"{kind!r} is no question a nest answers")
+        if isinstance(answer, list) and len(answer) > MANY:
+            return await asyncio.to_thread(pickle.dumps, answer)  # a second for 100,000 birds: a thread leaves the loop its turns
         return pickle.dumps(answer)
 
-    async def deliver(self, letters: bytes) -> None:
-        """Messages of another nest; those for an earlier life of this one are nobody's."""
-        self._take_letters(letters)
+    async def _stepwise(self, steps: Iterable[T]) -> list[T]:
+        """All of them, and between two the loop is left to others."""
+        done = []
+        for step in steps:
+            done.append(step)
+            await asyncio.sleep(0)
+        return done
 
-    def _take_letters(self, letters: bytes) -> None:
-        for to, envelope in pickle.loads(letters):
-            if self._registry is not None and to == self._registry.me:
-                self._handle(ev.Received(envelope))
+    async def deliver(self, packed: bytes) -> None:
+        """Letters of another nest."""
+        self._take_letters(packed)
+
+    def _take_letters(self, packed: bytes | memoryview) -> None:
+        if self._registry is None:
+            return
+        self._inbox.append(letters.unpack(packed, self._registry.me))
+        if len(self._inbox) == 1:
+            self._read_letters()
+
+    def _read_letters(self) -> None:
+        """Reads letters in the order in which they came, and leaves the loop to others now and then: a burst brings many."""
+        until = time.monotonic() + READING
+        while self._inbox:
+            envelope = self._next_letter()
+            if envelope is not None:
+                try:
+                    self._handle(ev.Received(envelope))
+                except Exception:
+                    logger.exception("a message of nest %s could not be taken in", envelope.sender)
+            if self._inbox and time.monotonic() >= until:
+                self._loop.call_soon(self._read_letters)
+                return
+
+    def _next_letter(self) -> msg.Envelope | None:
+        try:
+            envelope = next(self._inbox[0], None)
+        except ValueError:
+            logger.exception("letters of another nest could not be read")  # they are lost, as on any network
+            envelope = None
+        if envelope is None:
+            self._inbox.popleft()
+        return envelope
 
     async def host_says(self, word: bytes) -> bytes | None:
         said = pickle.loads(word)
-        if isinstance(said, wire.Words):
-            for one in said.words:
-                self._hosts.word(one)
-            return None
-        if self._ending and isinstance(said, wire.HostUp):
-            self._hosts.word(said)
-            return None
         self._hosts.word(said)
         if isinstance(said, wire.HostReport):
             await self._booted.wait()

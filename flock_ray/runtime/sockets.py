@@ -57,6 +57,10 @@ class _Buffer(threading.local):
 _mine = _Buffer()
 
 
+class ClosedError(ProtocolError, ConnectionResetError):
+    """The other side closed the connection before it was open: it ends just now, or is of another flock."""
+
+
 class WireReply:
     """The answer to one frame."""
 
@@ -238,7 +242,7 @@ class SocketLink:
         while not self._connection.open:
             data = sock.recv(READ)
             if not data:
-                raise ConnectionResetError("it closed the connection")
+                raise ClosedError("it closed the connection")
             _, reply = self._connection.receive(data)
             if reply:
                 sock.sendall(reply)

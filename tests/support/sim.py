@@ -24,8 +24,8 @@ from typing import Any
 from flock_ray.config import Config
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
+from flock_ray.core import letters, wire
 from flock_ray.core import messages as msg
-from flock_ray.core import wire
 from flock_ray.core.membership import Condition
 from flock_ray.core.registry import Registry
 from flock_ray.specs import Dot, Life, Name, NodeRecord, Options, Spec, Stamp
@@ -268,14 +268,15 @@ class World:
         to = self.node(effect.to)
         if self.rng.random() < self._loss():
             return
+        (packed,) = letters.pack([(effect.to, effect.envelope)], letters.Bodies())
         for _ in range(2 if not self.calming and self.rng.random() < self.mix.double else 1):
             delay = self.rng.expovariate(1 / 0.02) if self.rng.random() < 0.9 else self.rng.uniform(0, 2.0)
-            self.at(0.001 + delay, lambda: self._deliver(node, to, effect))
+            self.at(0.001 + delay, lambda: self._deliver(node, to, effect, packed))
 
     def _loss(self) -> float:
         return 0.0 if self.calming else self.mix.loss
 
-    def _deliver(self, source: Node, to: Node, effect: do.Send) -> None:
+    def _deliver(self, source: Node, to: Node, effect: do.Send, packed: bytes) -> None:
         if (source.index, to.index) in self.cuts or to.nest is None or to.nest.me != effect.to:
             return
         body = effect.envelope.body
@@ -283,7 +284,8 @@ class World:
             value, who = self.must[body.dot]
             if body.record.state == str(value).encode():
                 who.add(to.index)
-        self.handle(to, ev.Received(effect.envelope))
+        for envelope in letters.unpack(packed, to.nest.me):
+            self.handle(to, ev.Received(envelope))
 
     def _do_Hatch(self, node: Node, nest: Registry, effect: do.Hatch) -> None:
         for other in self.nodes:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import pickle
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from flock_ray.config import Config
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
+from flock_ray.core import letters
 from flock_ray.core import messages as msg
+from flock_ray.core.aworset import Hashes
 from flock_ray.core.notices import CastLost
-from flock_ray.core.registry import Registry
-from flock_ray.specs import Life, NodeRecord
+from flock_ray.core.registry import GATHER, LITTLE, Registry
+from flock_ray.core.replica import RECORDS, Replica
+from flock_ray.core.sync import Sync
+from flock_ray.core.wire import LifeCrashed, LifeEnded, LifeExited, LifeRunning
+from flock_ray.specs import Life, NodeRecord, Options, Spec, Stamp
 
 ME, PEER = Life("a", 1), Life("b", 1)
 
@@ -27,7 +37,7 @@ def test_that_a_node_once_had_cpus_is_heard_of_peers_and_makes_another_view():
     assert nest.owns("bird")
     number = nest.membership.number
     outlook = msg.Outlook(frozenset([PEER]), (), (), had_cpus=True)
-    ask = msg.SyncAsk(1, (), 0, outlook)
+    ask = msg.SyncAsk(1, Hashes(), 0, outlook)
     effects = nest.handle(ev.Received(msg.Envelope(PEER, 1, accepts=False, body=ask)), 0.2)
     assert not nest.owns("bird")
     assert nest.membership.number > number, "answers to the old ring's questions are void"
@@ -42,3 +52,209 @@ def test_casts_to_a_name_that_nobody_knows_are_told_once():
         told = [effect.notice for effect in effects if isinstance(effect, do.Emit)]
         assert told == ([CastLost(ME, "nobody", 3)] if casts else [])
         assert [effect.outcome.error for effect in effects if isinstance(effect, do.Reply)] == ["BirdNotFound"]
+
+
+# Many names
+
+
+def spec(number: int, options: Options | None = None) -> Spec:
+    return Spec("birds", "Bird", "code", b"args", options or Options(), None, Stamp(0, 0), f"request-{number}")
+
+
+def start(number: int, options: Options | None = None) -> ev.Start:
+    return ev.Start(f"r{number}", f"bird-{number}", spec(number, options), b"class", 1_000 + number)
+
+
+class Pair:
+    """Nests that hear each other, on a clock of their own; what they send comes at once, packed."""
+
+    def __init__(self, *lives: Life) -> None:
+        self.now, self.sent = 1.0, []
+        self.nests = {life: Registry(life, Config(), lambda: 0.5) for life in lives}
+        for life in lives:
+            self.take(life, ev.Booted(NodeRecord(life, 2.0)))
+            self.take(life, *[ev.MemberAlive(other) for other in lives if other != life])
+        self.pass_time(6.0)
+        assert all(nest.membership.ready and len(nest.membership.view) == len(lives) for nest in self.nests.values())
+        self.sent.clear()
+
+    def take(self, life: Life, *events: ev.Event) -> list[do.Effect]:
+        effects = self.nests[life].handle_all(events, self.now)
+        for effect in effects:
+            if isinstance(effect, do.Send) and effect.to in self.nests:
+                self.sent.append(effect.envelope.body)
+                for packed in letters.pack([(effect.to, effect.envelope)], letters.Bodies()):
+                    for envelope in letters.unpack(packed, effect.to):
+                        self.take(effect.to, ev.Received(envelope))
+        return effects
+
+    def pass_time(self, seconds: float) -> list[do.Effect]:
+        effects, end = [], self.now + seconds
+        while self.now < end:
+            self.now += 0.01
+            for life, nest in list(self.nests.items()):
+                while nest.wake_at() <= self.now:
+                    effects += self.take(life, ev.Tick())
+        return effects
+
+    def news(self) -> list[msg.News]:
+        """What was told since the last time."""
+        news = [body for body in self.sent if isinstance(body, msg.News)]
+        self.sent.clear()
+        return news
+
+
+def running(effects: list[do.Effect]) -> list[ev.Event]:
+    return [LifeRunning(effect.dot, effect.born, "host") for effect in effects if isinstance(effect, do.Hatch)]
+
+
+def event_of(nest: Registry, kind: str, number: int, request: str) -> ev.Event:
+    name = f"bird-{number}"
+    if kind == "start":
+        return ev.Start(request, name, spec(number)._replace(request_id=request), b"class", 1)
+    if kind == "stop":
+        return ev.Stop(request, name)
+    lives = nest.holds.lives_of(name)
+    if kind == "locate" or not lives:
+        return ev.Locate(request, name, "running", 30.0)
+    dot, born = lives[0].dot, lives[0].born
+    return {"run": LifeRunning(dot, born, "host"), "crash": LifeCrashed(dot, born, "boom"), "exit": LifeExited(dot, born)}[kind]
+
+
+def quiet(nest: Registry, effects: list[do.Effect]) -> set[tuple[object, ...]]:
+    """Lets lives that are to end do so, and nothing else; returns what came of it."""
+    while True:
+        ended = [LifeEnded(each.dot, each.born) for each in effects if isinstance(each, do.EndLife)]
+        if not ended and nest.wake_at() > 1.0:
+            states = {
+                name: [(dot, record.status and record.status.state) for dot, record in pairs] for name, pairs in nest.replica.birds.items()
+            }
+            return {(name, *pair) for name, pairs in states.items() for pair in pairs} | {
+                (life.name, life.dot, life.phase, life.crashes) for life in nest.holds.lives.values()
+            }
+        effects = nest.handle_all([*ended, ev.Tick()], 1.0)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["start", "stop", "locate", "run", "crash", "exit"]), st.integers(0, 3)), max_size=25), st.data())
+@settings(deadline=None)
+def test_many_events_at_once_come_to_the_same_as_one_by_one(steps, data):
+    at_once, by_one = lone_nest(2.0), lone_nest(2.0)
+    while steps:
+        size = data.draw(st.integers(1, len(steps)))
+        some = [(kind, number, f"{kind}-{len(steps)}-{index}") for index, (kind, number) in enumerate(steps[:size])]
+        together = at_once.handle_all([event_of(at_once, *each) for each in some], 1.0)
+        alone = [effect for event in [event_of(by_one, *each) for each in some] for effect in by_one.handle(event, 1.0)]
+        assert quiet(at_once, together) == quiet(by_one, alone)
+        steps = steps[size:]
+
+
+def test_a_single_start_is_told_at_once_with_its_status():
+    """S6: "starting" is handed over with the `Hatch` it speaks of."""
+    pair = Pair(ME, PEER)
+    name = next(n for n in range(99) if pair.nests[ME].owns(f"bird-{n}"))
+    effects = pair.take(ME, start(name))
+    kinds = [type(effect) for effect in effects]
+    assert do.Hatch in kinds and do.Send in kinds
+    (news,) = pair.news()
+    ((_, record),) = news.update.delta.entries[f"bird-{name}"]
+    assert record.status is not None and record.status.state == "starting"
+
+
+def test_news_of_a_burst_is_what_it_has_become_in_messages_of_bounded_size():
+    pair = Pair(ME, PEER)
+    names = [n for n in range(9_000) if pair.nests[ME].owns(f"bird-{n}")]
+    pair.take(ME, *[start(n) for n in names[:LITTLE]])
+    first = pair.news()
+    assert len(first) == 1, "nothing was told lately: at once"
+    effects = pair.take(ME, *[start(n) for n in names[LITTLE:2500]])
+    hatches = [effect for effect in effects if isinstance(effect, do.Hatch)]
+    while pair.nests[ME].wake_at() <= pair.now:
+        hatches += [effect for effect in pair.take(ME, ev.Tick()) if isinstance(effect, do.Hatch)]
+    assert len(hatches) == 2500 - LITTLE, "what is to be done waits for nobody"
+    pair.take(ME, *running(hatches))
+    assert pair.news() == [], "a burst is gathered"
+    pair.now += GATHER
+    assert pair.nests[ME].wake_at() <= pair.now
+    pair.take(ME, ev.Tick())
+    news = pair.news()
+    sizes = [len(each.update.delta.entries) for each in news]
+    assert sum(sizes) == 2500 - LITTLE and max(sizes) <= RECORDS
+    states = {record.status.state for each in news for pairs in each.update.delta.entries.values() for _, record in pairs}
+    assert states == {"running"}
+    assert len(pair.nests[PEER].replica) == 2500
+
+
+def test_a_start_that_is_to_be_acknowledged_is_told_at_once_in_a_burst_too():
+    pair = Pair(ME, PEER)
+    pair.take(ME, *[start(n) for n in range(LITTLE)])
+    pair.take(ME, *[start(100 + n) for n in range(LITTLE)])
+    pair.news()
+    wanted = [start(1_000 + n, Options(ack="peer")) for n in range(3)]
+    effects = pair.take(ME, *wanted)
+    (news,) = [each for each in pair.news() if each.acks]
+    assert set(news.acks) == {event.request for event in wanted}
+    assert not [effect for effect in effects if isinstance(effect, do.Reply)], "they are answered when the peer has answered"
+    assert not pair.nests[ME].desk._unacknowledged
+
+
+def test_a_peer_does_not_look_at_birds_that_do_not_concern_it(monkeypatch):
+    pair = Pair(ME, PEER)
+    looked: list[tuple[Life, object]] = []
+    whole = Registry._evaluate
+    monkeypatch.setattr(Registry, "_evaluate", lambda self, name: looked.append((self.me, name)) or whole(self, name))
+    names = [n for n in range(200) if pair.nests[ME].owns(f"bird-{n}")]
+    effects = pair.take(ME, *[start(n) for n in names])
+    pair.take(ME, *running(effects))
+    pair.pass_time(0.1)
+    assert len(pair.nests[PEER].replica) == len(names)
+    assert not [name for life, name in looked if life == PEER]
+    assert len(looked) == len(names), "the owner looks at a start once, and at what its life says not at all"
+
+
+def test_a_view_change_looks_at_the_names_that_were_gained_and_at_no_others(monkeypatch):
+    third = Life("c", 1)
+    trio = Pair(ME, PEER, third)
+    for life, nest in list(trio.nests.items()):
+        effects = trio.take(life, *[start(n) for n in range(600) if nest.owns(f"bird-{n}")])
+        trio.take(life, *running(effects))
+    trio.pass_time(1.0)
+    lost = set(trio.nests[third].holds.names())
+    assert len(lost) > 100 and all(len(nest.replica) == 600 for nest in trio.nests.values())
+    del trio.nests[third]
+    looked: list[tuple[Life, object]] = []
+    whole = Registry._evaluate
+    monkeypatch.setattr(Registry, "_evaluate", lambda self, name: looked.append((self.me, name)) or whole(self, name))
+    for life in list(trio.nests):
+        trio.take(life, ev.MemberDead(third), ev.NodeProbed(third, up=False))
+    effects = trio.pass_time(2.0)
+    assert {effect.name for effect in effects if isinstance(effect, do.Hatch)} | {
+        life.name for nest in trio.nests.values() for life in nest.holds.lives.values()
+    } >= lost
+    assert {name for _, name in looked} == lost
+    assert len(looked) == len(lost), "once each"
+
+
+def test_an_answer_by_another_ring_is_not_asked_for_again_at_wire_speed():
+    """Found by measuring: in the time between two nests' adoptions they asked and answered each other without pause."""
+    trio = Pair(ME, PEER, Life("c", 1))
+    del trio.nests[Life("c", 1)]
+    trio.take(ME, ev.MemberDead(Life("c", 1)), ev.NodeProbed(Life("c", 1), up=False))  # the peer has not heard of it
+    trio.sent.clear()
+    trio.pass_time(2.0)
+    assert sum(isinstance(body, msg.BarrierAsk) for body in trio.sent) <= 2.0 / Config().retry_interval + 3
+
+
+def test_a_new_nest_is_told_of_many_names_in_messages_of_bounded_size():
+    full, empty = lone_nest(2.0), Replica()
+    for first in range(0, 3_000, 500):
+        full.handle_all([start(n) for n in range(first, first + 500)], 1.0 + first)
+    outlook = msg.Outlook(frozenset([ME]), (), (), True)
+    asker, answerer = Sync(empty, 1.0), Sync(full.replica, 1.0)
+    asker.begin(ME, 0)
+    while ME in asker.sessions:
+        answer = pickle.loads(pickle.dumps(answerer.answer(asker.ask(ME, 0.0, (), outlook), (), outlook)))
+        assert answer.content is None or len(answer.content.part.entries) <= RECORDS
+        progress = asker.proceed(ME, answer)
+        assert progress is not None and progress.news == []
+    assert dict(empty.birds.items()) == dict(full.replica.birds.items())
+    assert empty.birds.context == full.replica.birds.context

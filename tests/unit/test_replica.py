@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flock_ray.core.replica import Record, Replica, Update
+from flock_ray.core.records import Record, shared
+from flock_ray.core.replica import Replica, Update
 from flock_ray.specs import Dot, Life, NodeRecord, Options, Spec, Stamp, Status
 
 A, B, C = (Life(node, 1) for node in "abc")
@@ -230,14 +231,13 @@ def test_content_brings_entries_and_code_and_what_is_pushed_back_does_too() -> N
     there.add("tweety", Dot(A, 1), spec(1), b"class")
     here.add("robin", Dot(B, 1), spec(2, "code-2"), b"other")
     content = pickle.loads(pickle.dumps(there.content(NAMES)))
-    back = here.update_against(content.part)
+    (back,) = here.updates_against(content.part)
     changes = here.join_content(content)
     assert [change.key for change in changes] == ["tweety"]
-    assert back is not None
     there.join(copied(back))
     assert dict(here.birds.items()) == dict(there.birds.items())
     assert here.code == there.code == {"code-1": b"class", "code-2": b"other"}
-    assert here.update_against(there.content(NAMES).part) is None, "nothing is left to tell"
+    assert here.updates_against(there.content(NAMES).part) == [], "nothing is left to tell"
 
 
 def test_an_exit_of_a_dot_not_known_yet_keeps_its_late_add_out() -> None:
@@ -267,7 +267,7 @@ def test_what_messages_bring_shares_its_common_parts() -> None:
         if number % 2:
             here.join(copied(there.update_of([stated])))
         else:
-            here.join_part(pickle.loads(pickle.dumps(there.birds.part(keys=[name]))))
+            here.join_content(pickle.loads(pickle.dumps(there.content([name]))))
     assert dict(here.birds.items()) == dict(there.birds.items())
     found = [(dot, record.spec, record.status) for name in NAMES for dot, record in here.records(name)]
     dot, first, state = found[0]
@@ -280,9 +280,8 @@ def test_what_messages_bring_shares_its_common_parts() -> None:
 
 
 def test_sharing_changes_no_value() -> None:
-    record = Record(spec(3, options=Options(num_cpus=2))._replace(runtime_env="{}"), status()._replace(host="h", error="e", reason="r"))
-    assert record.shared() == record
-    assert Record(spec(3)).shared() == Record(spec(3))
+    for given_spec in (spec(3, options=Options(num_cpus=2))._replace(runtime_env="{}"), spec(3)):
+        assert shared(given_spec) == given_spec
 
 
 # Node records and forgetting
