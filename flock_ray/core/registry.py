@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, get_args
 
 from flock_ray.config import Config
 from flock_ray.core import effects as do
@@ -37,10 +37,12 @@ from flock_ray.core.sync import Sync
 from flock_ray.specs import Dot, Life, Name, Spec, Stamp, Status, name_hash
 
 NAMES_A_STEP = 1000  # looked at in one `handle`: about 20 ms, so that a nest goes on answering in a big change
-LITTLE = 32  # changes that are told at once within `GATHER`: what is more is a burst, and told together
+LITTLE = 64  # changes that are told at once within `GATHER`: what is more is a burst, and told together
 GATHER = 0.02  # seconds for which news of a burst is gathered: a start and its statuses then go as one entry
 RELAY_AFTER = 2  # unanswered tries before every other one goes through a third nest (H2)
 AWAKE = float("inf")
+
+_TAKEN_BY: dict[type, str] = {kind: f"_on_{kind.__name__}" for kind in get_args(ev.Event)}
 
 
 @dataclass(slots=True)
@@ -80,6 +82,7 @@ class Registry:
         self._crowded: set[Name] = set()  # of these, those this nest does not admit (P3)
         self._changes: list[RecordChange] = []  # made here, to be told
         self._gather_until = 0.0  # on the clock of `handle`
+        self._gathering = False  # is something kept back?
         self._told = 0  # changes, since `GATHER` before that
         self._ring = self.membership.placement.ring  # by which names were looked at last
         self._out: list[do.Effect] = []
@@ -110,7 +113,7 @@ class Registry:
         """
         self.now = now
         for event in events:
-            getattr(self, f"_on_{type(event).__name__}")(event)
+            getattr(self, _TAKEN_BY[type(event)])(event)
         self._advance()
         effects, self._out = self._out, []
         return effects
@@ -224,8 +227,9 @@ class Registry:
     # Looking at a name
 
     def _evaluate(self, name: Name) -> None:
-        self.waiting.discard(name)
-        self._crowded.discard(name)
+        if name in self.waiting:
+            self.waiting.discard(name)
+            self._crowded.discard(name)
         if name in self.holds:
             self._reap(name)
         if self.membership.ready and self.owns(name):
@@ -263,6 +267,9 @@ class Registry:
 
     def _settle(self, name: Name, dot: Dot, record: Record) -> None:
         """It is permitted that the winner lives here: so it does, and nothing else of the name."""
+        if name not in self.holds:
+            self._hatch(name, dot, record)
+            return
         here = self.holds.lives_of(name)
         for life in here:
             if life.dot != dot and life.phase is not Phase.ENDING:
@@ -313,7 +320,8 @@ class Registry:
     def _tell_conflict(self, name: Name, winner: Dot) -> None:
         pairs = self.replica.records(name)
         if len(pairs) < 2:
-            self._conflicts.pop(name, None)
+            if self._conflicts:
+                self._conflicts.pop(name, None)
             return
         specs = {dot: record.spec for dot, record in pairs}
         losers = tuple(sorted(dot for dot in specs if not specs[dot].same_bird(specs[winner])))
@@ -447,11 +455,16 @@ class Registry:
         changes = self._changes
         if not changes:
             return
-        if self.now >= self._gather_until:
-            self._gather_until, self._told = self.now + GATHER, 0
-        elif self._told + len(changes) > LITTLE and not self.desk.waits_for_acks:
+        over = self.now >= self._gather_until
+        much = len(changes) + (0 if over else self._told) > LITTLE
+        if much and not (over and self._gathering) and not self.desk.waits_for_acks:
+            if over:
+                self._gather_until = self.now + GATHER
+            self._gathering = True
             return
-        self._changes = []
+        if over:
+            self._gather_until, self._told = self.now + GATHER, 0
+        self._changes, self._gathering = [], False
         self._told += len(changes)
         living = self.membership.living()
         acks = self.desk.acks_wanted()
