@@ -13,6 +13,7 @@ heard by it (a split, a boot or join during one, or a false death).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -42,6 +43,7 @@ GATHER = 0.02  # seconds for which news of a burst is gathered: a start and its 
 RELAY_AFTER = 2  # unanswered tries before every other one goes through a third nest (H2)
 AWAKE = float("inf")
 
+_OF_LIVES = (wire.LifeRunning, wire.LifeCrashed, wire.LifeExited, wire.LifeEnded)
 _TAKEN_BY: dict[type, str] = {kind: f"_on_{kind.__name__}" for kind in get_args(ev.Event)}
 
 
@@ -77,6 +79,8 @@ class Registry:
         self.inbox = Inbox(self)
         self.memory_low = False
         self._counter = 0
+        self._adopting: deque[ev.Adopted] = deque()  # not taken over yet
+        self._early: list[ev.Event] = []  # what hosts said meanwhile
         self._dirty: dict[Name, None] = {}
         self.waiting: set[Name] = set()  # owned here, and something is missing before they can be hatched
         self._crowded: set[Name] = set()  # of these, those this nest does not admit (P3)
@@ -113,14 +117,20 @@ class Registry:
         """
         self.now = now
         for event in events:
-            getattr(self, _TAKEN_BY[type(event)])(event)
+            self._take(event)
         self._advance()
         effects, self._out = self._out, []
         return effects
 
+    def _take(self, event: ev.Event) -> None:
+        if self._adopting and isinstance(event, _OF_LIVES):
+            self._early.append(event)  # it may be of a life that is still to be adopted
+        else:
+            getattr(self, _TAKEN_BY[type(event)])(event)
+
     def wake_at(self) -> float:
         """When a `Tick` is due at the latest."""
-        if self._dirty:
+        if self._dirty or self._adopting:
             return self.now
         times = [self.membership.wake_at(), self.sync.wake_at(), self.desk.wake_at(), self._next_sync]
         times += [self.supervision.wake_at(), self.handover.wake_at()]
@@ -138,13 +148,22 @@ class Registry:
 
     def _on_Booted(self, event: ev.Booted) -> None:
         self.replica.learn([event.node])
-        self.membership.booted(self.now)
         self._next_sync = self.now + self.config.retry_interval
         for name, dot in event.exits:
             self.changed(self.replica.exited(name, dot))
             self.effect(do.Forget(dot))
-        for adopted in event.adopted:
-            self._adopt(adopted)
+        self._adopting.extend(event.adopted)
+        self._adopt_some()
+
+    def _adopt_some(self) -> None:
+        """Takes over what hosts have kept, in steps. Only when all of it is known may this nest become ready, and say what it holds."""
+        for _ in range(min(NAMES_A_STEP, len(self._adopting))):
+            self._adopt(self._adopting.popleft())
+        if not self._adopting:
+            self.membership.booted(self.now)
+            early, self._early = self._early, []
+            for event in early:
+                self._take(event)
 
     def _adopt(self, adopted: ev.Adopted) -> None:
         """Takes over what a host has kept, under its own dot (V2)."""
@@ -332,6 +351,8 @@ class Registry:
     # Time
 
     def _advance(self) -> None:
+        if self._adopting:
+            self._adopt_some()
         was_ready = self.membership.ready
         old = self.membership.step(self.now)
         if old is not None:

@@ -13,12 +13,13 @@ from flock_ray.core import events as ev
 from flock_ray.core import letters
 from flock_ray.core import messages as msg
 from flock_ray.core.aworset import Hashes
+from flock_ray.core.holds import Phase
 from flock_ray.core.notices import CastLost
-from flock_ray.core.registry import GATHER, LITTLE, Registry
+from flock_ray.core.registry import GATHER, LITTLE, NAMES_A_STEP, Registry
 from flock_ray.core.replica import RECORDS, Replica
 from flock_ray.core.sync import Sync
 from flock_ray.core.wire import LifeCrashed, LifeEnded, LifeExited, LifeRunning
-from flock_ray.specs import Life, NodeRecord, Options, Spec, Stamp
+from flock_ray.specs import Dot, Life, NodeRecord, Options, Spec, Stamp
 
 ME, PEER = Life("a", 1), Life("b", 1)
 
@@ -259,3 +260,16 @@ def test_a_new_nest_is_told_of_many_names_in_messages_of_bounded_size():
         assert progress is not None and progress.news == []
     assert dict(empty.birds.items()) == dict(full.replica.birds.items())
     assert empty.birds.context == full.replica.birds.context
+
+
+def test_many_lives_are_adopted_in_steps_and_none_is_lost_that_ends_meanwhile():
+    nest, old = Registry(ME, Config(), lambda: 0.5), Life("a", 0)
+    count = 2 * NAMES_A_STEP + 1
+    adopted = tuple(ev.Adopted(f"bird-{n}", Dot(old, n + 1), spec(n), b"class", 1, 1, "host", 0, 0, True) for n in range(count))
+    nest.handle_all([ev.Booted(NodeRecord(ME, 2.0), adopted), ev.NodesListed(frozenset(["a"]))], 0.0)
+    assert len(nest.holds.lives) < count and not nest.membership.ready
+    nest.handle(LifeCrashed(Dot(old, count), 1, "boom"), 0.0)
+    while nest.wake_at() <= 0.0:
+        nest.handle(ev.Tick(), 0.0)
+    assert nest.membership.ready and len(nest.holds.lives) == count
+    assert nest.holds.lives[Dot(old, count)].phase is Phase.BACKOFF
