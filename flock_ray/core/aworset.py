@@ -315,7 +315,10 @@ class AWORSet(Generic[K, V]):
 
     def update(self, key: K, dot: Dot, value: V) -> Change[K, V]:
         """Joins a value into that of a dot that is there; without it nothing changes."""
-        return self._put(key, tuple([(d, self._merge(v, value)) if d == dot else (d, v) for d, v in self.get(key)]))
+        pairs = self._entries.get(key, ())
+        if len(pairs) == 1 and pairs[0][0] == dot:
+            return self._put(key, ((pairs[0][0], self._merge(pairs[0][1], value)),))
+        return self._put(key, tuple([(d, self._merge(v, value)) if d == dot else (d, v) for d, v in pairs]))
 
     def join(self, delta: Delta[K, V]) -> list[Change[K, V]]:
         """Joins a delta; returns the keys that changed."""
@@ -340,6 +343,12 @@ class AWORSet(Generic[K, V]):
         news: dict[K, dict[Dot, V]] = {}
         context: set[Dot] = set()
         for key, before, after in changes:
+            if len(after) == 1 and (not before or (len(before) == 1 and before[0][0] == after[0][0])):  # nearly always
+                dot, value = after[0]
+                if not before or before[0][1] is not value:
+                    news.setdefault(key, {})[dot] = value
+                    context.add(dot)
+                continue
             had = dict(before)
             fresh = {dot: value for dot, value in after if had.pop(dot, _NOTHING) is not value}
             # What is left in `had` is gone, where `after` does not have it.

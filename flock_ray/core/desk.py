@@ -68,6 +68,8 @@ class Desk:
         self._by_name: dict[Name, dict[str, None]] = {}
         self._due: list[tuple[float, str]] = []  # when a waiter gives up or looks again; entries of what has ended since are passed over
         self._searches: dict[Name, Search] = {}
+        self._searches_due: list[tuple[float, int, Name]] = []  # when one ends or asks again; the number is for names that do not compare
+        self._asked = 0
         self._early: list[ev.Start] = []  # came before this nest was ready: it could not tell whether the name is taken
         self._unacknowledged: dict[str, Unacknowledged] = {}
         self._unsaid: deque[str] = deque()  # the same in the order in which they are told again
@@ -174,12 +176,8 @@ class Desk:
                 self.start(event)
             for name in tuple(self._by_name):
                 self.look(name)
-        for name, search in tuple(self._searches.items()):
-            search.missing &= set(nest.membership.living())
-            if search.until <= nest.now or not search.missing:
-                self._search_done(name)
-            elif search.again_at <= nest.now:
-                self._ask(name, search)
+        while self._searches_due and self._searches_due[0][0] <= nest.now:
+            self._search_again(heapq.heappop(self._searches_due)[2])
         while self._unsaid and ((waiting := self._unacknowledged.get(self._unsaid[0])) is None or waiting.again_at <= nest.now):
             ack = self._unsaid.popleft()
             if waiting is not None:
@@ -192,7 +190,7 @@ class Desk:
                 self._give_up(waiter)
 
     def wake_at(self) -> float:
-        times = [search.again_at for search in self._searches.values()]
+        times = [self._searches_due[0][0]] if self._searches_due else []
         if self._unsaid:
             ack = self._unacknowledged.get(self._unsaid[0])
             times.append(ack.again_at if ack is not None else self._nest.now)
@@ -305,8 +303,20 @@ class Desk:
 
     def _ask(self, name: Name, search: Search) -> None:
         search.again_at = self._nest.now + self._nest.config.retry_interval
+        self._asked += 1
+        heapq.heappush(self._searches_due, (min(search.again_at, search.until), self._asked, name))
         for peer in search.missing:
             self._nest.send(peer, msg.LookUp(name))
+
+    def _search_again(self, name: Name) -> None:
+        search = self._searches.get(name)
+        if search is None:
+            return
+        search.missing.intersection_update(self._nest.membership.living())
+        if search.until <= self._nest.now or not search.missing:
+            self._search_done(name)
+        elif search.again_at <= self._nest.now:
+            self._ask(name, search)
 
     def _search_done(self, name: Name) -> None:
         self._searches.pop(name, None)

@@ -1,9 +1,12 @@
-"""What a registry wants done: frozen dataclasses that its shell performs, in order. The shell decides nothing."""
+"""What a registry wants done: frozen values that its shell performs, in order. The shell decides nothing.
+
+Those that a start brings forth are named tuples, which take a third of the time to make.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from flock_ray.core.events import Outcome
 from flock_ray.core.messages import Envelope
@@ -11,14 +14,12 @@ from flock_ray.core.notices import Notice
 from flock_ray.specs import Dot, Life, Name, Spec
 
 
-@dataclass(frozen=True, slots=True)
-class Send:
+class Send(NamedTuple):
     to: Life
     envelope: Envelope
 
 
-@dataclass(frozen=True, slots=True)
-class Hatch:
+class Hatch(NamedTuple):
     """Start a life; answer with `LifeRunning` or `LifeCrashed`."""
 
     name: Name
@@ -90,14 +91,12 @@ class Demand:
     bundles: tuple[tuple[tuple[str, float], ...], ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(NamedTuple):
     request: str
     outcome: Outcome
 
 
-@dataclass(frozen=True, slots=True)
-class Emit:
+class Emit(NamedTuple):
     """Something worth telling the people who run the flock."""
 
     notice: Notice

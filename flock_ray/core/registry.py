@@ -13,10 +13,11 @@ heard by it (a split, a boot or join during one, or a false death).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, get_args
 
 from flock_ray.config import Config
 from flock_ray.core import effects as do
@@ -37,10 +38,13 @@ from flock_ray.core.sync import Sync
 from flock_ray.specs import Dot, Life, Name, Spec, Stamp, Status, name_hash
 
 NAMES_A_STEP = 1000  # looked at in one `handle`: about 20 ms, so that a nest goes on answering in a big change
-LITTLE = 32  # changes that are told at once within `GATHER`: what is more is a burst, and told together
+LITTLE = 64  # changes that are told at once within `GATHER`: what is more is a burst, and told together
 GATHER = 0.02  # seconds for which news of a burst is gathered: a start and its statuses then go as one entry
 RELAY_AFTER = 2  # unanswered tries before every other one goes through a third nest (H2)
 AWAKE = float("inf")
+
+_OF_LIVES = (wire.LifeRunning, wire.LifeCrashed, wire.LifeExited, wire.LifeEnded)
+_TAKEN_BY: dict[type, str] = {kind: f"_on_{kind.__name__}" for kind in get_args(ev.Event)}
 
 
 @dataclass(slots=True)
@@ -75,11 +79,14 @@ class Registry:
         self.inbox = Inbox(self)
         self.memory_low = False
         self._counter = 0
+        self._adopting: deque[ev.Adopted] = deque()  # not taken over yet
+        self._early: list[ev.Event] = []  # what hosts said meanwhile
         self._dirty: dict[Name, None] = {}
         self.waiting: set[Name] = set()  # owned here, and something is missing before they can be hatched
         self._crowded: set[Name] = set()  # of these, those this nest does not admit (P3)
         self._changes: list[RecordChange] = []  # made here, to be told
         self._gather_until = 0.0  # on the clock of `handle`
+        self._gathering = False  # is something kept back?
         self._told = 0  # changes, since `GATHER` before that
         self._ring = self.membership.placement.ring  # by which names were looked at last
         self._out: list[do.Effect] = []
@@ -110,14 +117,20 @@ class Registry:
         """
         self.now = now
         for event in events:
-            getattr(self, f"_on_{type(event).__name__}")(event)
+            self._take(event)
         self._advance()
         effects, self._out = self._out, []
         return effects
 
+    def _take(self, event: ev.Event) -> None:
+        if self._adopting and isinstance(event, _OF_LIVES):
+            self._early.append(event)  # it may be of a life that is still to be adopted
+        else:
+            getattr(self, _TAKEN_BY[type(event)])(event)
+
     def wake_at(self) -> float:
         """When a `Tick` is due at the latest."""
-        if self._dirty:
+        if self._dirty or self._adopting:
             return self.now
         times = [self.membership.wake_at(), self.sync.wake_at(), self.desk.wake_at(), self._next_sync]
         times += [self.supervision.wake_at(), self.handover.wake_at()]
@@ -135,13 +148,22 @@ class Registry:
 
     def _on_Booted(self, event: ev.Booted) -> None:
         self.replica.learn([event.node])
-        self.membership.booted(self.now)
         self._next_sync = self.now + self.config.retry_interval
         for name, dot in event.exits:
             self.changed(self.replica.exited(name, dot))
             self.effect(do.Forget(dot))
-        for adopted in event.adopted:
-            self._adopt(adopted)
+        self._adopting.extend(event.adopted)
+        self._adopt_some()
+
+    def _adopt_some(self) -> None:
+        """Takes over what hosts have kept, in steps. Only when all of it is known may this nest become ready, and say what it holds."""
+        for _ in range(min(NAMES_A_STEP, len(self._adopting))):
+            self._adopt(self._adopting.popleft())
+        if not self._adopting:
+            self.membership.booted(self.now)
+            early, self._early = self._early, []
+            for event in early:
+                self._take(event)
 
     def _adopt(self, adopted: ev.Adopted) -> None:
         """Takes over what a host has kept, under its own dot (V2)."""
@@ -230,8 +252,9 @@ class Registry:
     # Looking at a name
 
     def _evaluate(self, name: Name) -> None:
-        self.waiting.discard(name)
-        self._crowded.discard(name)
+        if name in self.waiting:
+            self.waiting.discard(name)
+            self._crowded.discard(name)
         if name in self.holds:
             self._reap(name)
         if self.membership.ready and self.owns(name):
@@ -269,6 +292,9 @@ class Registry:
 
     def _settle(self, name: Name, dot: Dot, record: Record) -> None:
         """It is permitted that the winner lives here: so it does, and nothing else of the name."""
+        if name not in self.holds:
+            self._hatch(name, dot, record)
+            return
         here = self.holds.lives_of(name)
         for life in here:
             if life.dot != dot and life.phase is not Phase.ENDING:
@@ -319,7 +345,8 @@ class Registry:
     def _tell_conflict(self, name: Name, winner: Dot) -> None:
         pairs = self.replica.records(name)
         if len(pairs) < 2:
-            self._conflicts.pop(name, None)
+            if self._conflicts:
+                self._conflicts.pop(name, None)
             return
         specs = {dot: record.spec for dot, record in pairs}
         losers = tuple(sorted(dot for dot in specs if not specs[dot].same_bird(specs[winner])))
@@ -330,6 +357,8 @@ class Registry:
     # Time
 
     def _advance(self) -> None:
+        if self._adopting:
+            self._adopt_some()
         was_ready = self.membership.ready
         old = self.membership.step(self.now)
         if old is not None:
@@ -453,11 +482,16 @@ class Registry:
         changes = self._changes
         if not changes:
             return
-        if self.now >= self._gather_until:
-            self._gather_until, self._told = self.now + GATHER, 0
-        elif self._told + len(changes) > LITTLE and not self.desk.waits_for_acks:
+        over = self.now >= self._gather_until
+        much = len(changes) + (0 if over else self._told) > LITTLE
+        if much and not (over and self._gathering) and not self.desk.waits_for_acks:
+            if over:
+                self._gather_until = self.now + GATHER
+            self._gathering = True
             return
-        self._changes = []
+        if over:
+            self._gather_until, self._told = self.now + GATHER, 0
+        self._changes, self._gathering = [], False
         self._told += len(changes)
         living = self.membership.living()
         acks = self.desk.acks_wanted()

@@ -22,6 +22,7 @@ T = TypeVar("T")
 
 #: A message of records is bounded, so that who takes it in goes on answering: 1,000 take some 10 ms.
 RECORDS = 1_000
+FEW = 50  # changes, which need not be sorted by name to see that they are not too many
 BYTES = 1_000_000  # of start arguments in one message, unless those of one name alone are more
 
 RecordChange = Change[Name, Record]
@@ -181,18 +182,20 @@ class Replica:
         changes = list(changes)
         new: set[str] = set()
         for _, before, after in changes:
+            if len(before) == len(after) == 1 and before[0][0] == after[0][0]:
+                continue
             known = [dot for dot, _ in before]
             new.update(record.spec.code for dot, record in after if record.status is None and dot not in known)
         return Update(self.birds.delta_of(changes), {digest: self.code[digest] for digest in new if digest in self.code})
 
     def updates_of(self, changes: Sequence[RecordChange]) -> list[Update]:
         """The same in messages of bounded size, each good without the others. Changes of one name stay together."""
-        if len(changes) <= RECORDS and sum(_size_of(change.after)[1] for change in changes) <= BYTES:
+        if len(changes) <= FEW and sum(_size_of(change.after)[1] for change in changes) <= BYTES:
             return [self.update_of(changes)]
         by_name: dict[Name, list[RecordChange]] = {}
         for change in changes:
             by_name.setdefault(change.key, []).append(change)
-        groups = bounded(by_name.values(), lambda group: max(_size_of(change.after) for change in group))
+        groups = bounded(by_name.values(), lambda group: _size_of(group[-1].after))
         return [self.update_of(chain.from_iterable(some)) for some in groups]
 
     def updates_against(self, part: RecordPart) -> list[Update]:
@@ -291,6 +294,8 @@ class Replica:
 
 def _size_of(pairs: Pairs[Record]) -> tuple[int, int]:
     """One name, and the bytes of its start arguments."""
+    if len(pairs) == 1:
+        return 1, len(pairs[0][1].spec.args)
     return 1, sum([len(record.spec.args) for _, record in pairs])
 
 

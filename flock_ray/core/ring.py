@@ -164,8 +164,9 @@ class Placement:
 
     def owner(self, name: Name) -> Life | None:
         """The nest that owns a name in this view; `None` where it cannot be placed: `reason` says why."""
-        table = self.table()
-        node = table[name] if name in table else self.ring.owner(name)
+        if self._version != self._replica.version:
+            self.table()
+        node = self._table[name] if self._table and name in self._table else self.ring.owner(name)
         return None if node is None else self.by_node[node]
 
     def reason(self, name: Name) -> str:

@@ -7,6 +7,7 @@
      +----- BACKOFF <--------------+                      (released, stopped, lost to the winner)
 
 A status is written before the effect it speaks of: a bird that takes its node down while it starts is counted by whoever comes next.
+In a burst it is told a little later (`Registry._publish`).
 """
 
 from __future__ import annotations

@@ -13,12 +13,13 @@ from flock_ray.core import events as ev
 from flock_ray.core import letters
 from flock_ray.core import messages as msg
 from flock_ray.core.aworset import Hashes
+from flock_ray.core.holds import Phase
 from flock_ray.core.notices import CastLost
-from flock_ray.core.registry import GATHER, LITTLE, Registry
+from flock_ray.core.registry import GATHER, LITTLE, NAMES_A_STEP, Registry
 from flock_ray.core.replica import RECORDS, Replica
 from flock_ray.core.sync import Sync
 from flock_ray.core.wire import LifeCrashed, LifeEnded, LifeExited, LifeRunning
-from flock_ray.specs import Life, NodeRecord, Options, Spec, Stamp
+from flock_ray.specs import Dot, Life, NodeRecord, Options, Spec, Stamp
 
 ME, PEER = Life("a", 1), Life("b", 1)
 
@@ -163,14 +164,15 @@ def test_a_single_start_is_told_at_once_with_its_status():
 def test_news_of_a_burst_is_what_it_has_become_in_messages_of_bounded_size():
     pair = Pair(ME, PEER)
     names = [n for n in range(9_000) if pair.nests[ME].owns(f"bird-{n}")]
-    pair.take(ME, *[start(n) for n in names[:LITTLE]])
+    few = LITTLE // 2  # each is added and starts
+    pair.take(ME, *[start(n) for n in names[:few]])
     first = pair.news()
     assert len(first) == 1, "nothing was told lately: at once"
-    effects = pair.take(ME, *[start(n) for n in names[LITTLE:2500]])
+    effects = pair.take(ME, *[start(n) for n in names[few:2500]])
     hatches = [effect for effect in effects if isinstance(effect, do.Hatch)]
     while pair.nests[ME].wake_at() <= pair.now:
         hatches += [effect for effect in pair.take(ME, ev.Tick()) if isinstance(effect, do.Hatch)]
-    assert len(hatches) == 2500 - LITTLE, "what is to be done waits for nobody"
+    assert len(hatches) == 2500 - few, "what is to be done waits for nobody"
     pair.take(ME, *running(hatches))
     assert pair.news() == [], "a burst is gathered"
     pair.now += GATHER
@@ -178,7 +180,7 @@ def test_news_of_a_burst_is_what_it_has_become_in_messages_of_bounded_size():
     pair.take(ME, ev.Tick())
     news = pair.news()
     sizes = [len(each.update.delta.entries) for each in news]
-    assert sum(sizes) == 2500 - LITTLE and max(sizes) <= RECORDS
+    assert sum(sizes) == 2500 - few and max(sizes) <= RECORDS
     states = {record.status.state for each in news for pairs in each.update.delta.entries.values() for _, record in pairs}
     assert states == {"running"}
     assert len(pair.nests[PEER].replica) == 2500
@@ -258,3 +260,16 @@ def test_a_new_nest_is_told_of_many_names_in_messages_of_bounded_size():
         assert progress is not None and progress.news == []
     assert dict(empty.birds.items()) == dict(full.replica.birds.items())
     assert empty.birds.context == full.replica.birds.context
+
+
+def test_many_lives_are_adopted_in_steps_and_none_is_lost_that_ends_meanwhile():
+    nest, old = Registry(ME, Config(), lambda: 0.5), Life("a", 0)
+    count = 2 * NAMES_A_STEP + 1
+    adopted = tuple(ev.Adopted(f"bird-{n}", Dot(old, n + 1), spec(n), b"class", 1, 1, "host", 0, 0, True) for n in range(count))
+    nest.handle_all([ev.Booted(NodeRecord(ME, 2.0), adopted), ev.NodesListed(frozenset(["a"]))], 0.0)
+    assert len(nest.holds.lives) < count and not nest.membership.ready
+    nest.handle(LifeCrashed(Dot(old, count), 1, "boom"), 0.0)
+    while nest.wake_at() <= 0.0:
+        nest.handle(ev.Tick(), 0.0)
+    assert nest.membership.ready and len(nest.holds.lives) == count
+    assert nest.holds.lives[Dot(old, count)].phase is Phase.BACKOFF

@@ -2,6 +2,7 @@
 
 import pytest
 
+from flock_ray.core import registry
 from tests.support.sim import MIXES, schedule
 
 SCHEDULES = {"all": 200, "calls": 60, "flap": 120, "moves": 160, "split": 120, "nests": 120, "churn": 100, "placed": 100, "quiet": 20}
@@ -28,3 +29,10 @@ def test_schedules_do_what_they_are_for():
 
 def test_a_seed_replays_exactly():
     assert schedule("all", 7).trace == schedule("all", 7).trace
+
+
+@pytest.mark.parametrize(("mix", "first"), [("nests", 0), ("all", 0), ("moves", 0)])
+def test_steps_of_one_name_come_to_the_same_end(mix, first, monkeypatch):
+    """What is much is adopted and looked at in steps, between which other things happen: here each step is of one name."""
+    monkeypatch.setattr(registry, "NAMES_A_STEP", 1)
+    assert all(schedule(mix, seed).what_is_wrong() == "" for seed in range(first, first + BATCH))
