@@ -175,7 +175,7 @@ class Spec(NamedTuple):
         return bool(self.brought.get("async"))
 
     def stamped(self, stamp: Stamp) -> Spec:
-        return self._replace(stamp=stamp)
+        return Spec(self.module, self.qualname, self.code, self.args, self.options, self.runtime_env, stamp, self.request_id)
 
     @property
     def class_name(self) -> str:

@@ -12,7 +12,7 @@ import contextlib
 import pickle
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from flock_ray.core import events as ev
 from flock_ray.errors import CallTimeout
 from flock_ray.runtime.courier import Courier
 from flock_ray.runtime.links import Links, NestLink
+from flock_ray.runtime.owners import Owners
 from flock_ray.runtime.pending import FOREVER, named_error
 from flock_ray.runtime.replies import Down, NoAnswer, Raw, Reply, answer_of
 from flock_ray.specs import Dot, Name, Route, Spec
@@ -51,6 +52,7 @@ class Asks:
         self._nest: NestLink | None = None
         self._config: Config | None = None
         self._written: OrderedDict[Name, Dot] = OrderedDict()
+        self._owners = Owners(flock, links, courier, clock, self.read)
 
     @property
     def known_config(self) -> Config | None:
@@ -127,14 +129,22 @@ class Asks:
         return [None if isinstance(one, ev.Done) else self._error(one, event.name) for event, one in zip(events, outcomes, strict=True)]
 
     async def routes(self, names: Sequence[Name], until: float) -> AsyncIterator[tuple[Sequence[Name], ev.Routes]]:
-        """Where birds can be called, part by part; waits for those that do not run yet, some seconds at a time."""
-        for at in range(0, len(names), AT_ONCE):
-            part = names[at : at + AT_ONCE]
-            patience = min(PATIENCE, max(0.0, until - self._clock()))
-            query = pickle.dumps((part, patience), protocol=5)
-            raw = await self._deliver(lambda nest, query=query: nest.routes(query), self._clock() + patience)  # type: ignore[misc]  # a default
+        """Where birds can be called, part by part, as parts come; waits for those that do not run yet, some seconds at most."""
+        patience = min(PATIENCE, max(0.0, until - self._clock()))
+
+        async def part(nest: NestLink | None, some: list[Name]) -> tuple[list[Name], Raw | None]:
+            packed = pickle.dumps((some, patience), protocol=5)
+            return some, await self._deliver(lambda nest: nest.routes(packed), self._clock() + patience, nest)
+
+        tasks = [
+            asyncio.ensure_future(part(nest, [names[place] for place in places]))
+            for nest, there in await self._owners.of(names)
+            for places in _parts(there)
+        ]
+        for task in asyncio.as_completed(tasks):
+            some, raw = await task
             if raw is not None:
-                yield part, pickle.loads(raw.message)
+                yield some, pickle.loads(raw.message)
 
     async def stop(self, name: Name, after: Dot | None, until: float) -> None:
         outcome = await self._ask(ev.Stop(_id(), name, after or self.written(name)), until)
@@ -170,6 +180,7 @@ class Asks:
         self._links.forget(self.flock)
         self._nest = self._config = None
         self._written.clear()
+        self._owners.forget()
 
     def _error(self, outcome: ev.Outcome, name: Name) -> BaseException:
         if isinstance(outcome, ev.Refused):
@@ -196,31 +207,39 @@ class Asks:
         return outcome
 
     async def _ask_many(self, events: Sequence[Request], until: float, came: Came) -> list[Any]:
-        """Asks in parts, some of which are under way at a time: a nest goes on answering others in between."""
-        at_once = asyncio.Semaphore(PARTS)
+        """Asks the nests that own the names, in parts, of which some are under way at a time: a nest answers others in between."""
+        outcomes: list[Any] = [None] * len(events)
 
-        async def part(some: Sequence[Request]) -> list[Any]:
-            packed = pickle.dumps(tuple(some), protocol=5)
+        async def part(nest: NestLink | None, places: Sequence[int], at_once: asyncio.Semaphore) -> None:
+            packed = pickle.dumps(tuple(events[place] for place in places), protocol=5)
             async with at_once:
-                raw = await self._deliver(lambda nest: nest.ask(packed), until)
-            came(len(some))
+                raw = await self._deliver(lambda nest: nest.ask(packed), until, nest)
+            came(len(places))
             if raw is not None:
-                outcomes: list[Any] = pickle.loads(raw.message)
-                return outcomes
-            text = f"no nest of flock {self.flock!r} has answered about bird {{!r}} in time; is this node cut off?"
-            return [ev.Refused("CallTimeout", text.format(event.name), event.name) for event in some]
+                for place, outcome in zip(places, pickle.loads(raw.message), strict=True):
+                    outcomes[place] = outcome
+                return
+            for place in places:
+                text = f"no nest of flock {self.flock!r} has answered about bird {events[place].name!r} in time; is this node cut off?"
+                outcomes[place] = ev.Refused("CallTimeout", text, events[place].name)
 
-        parts = [events[at : at + AT_ONCE] for at in range(0, len(events), AT_ONCE)]
-        return [outcome for outcomes in await asyncio.gather(*map(part, parts)) for outcome in outcomes]
+        groups = await self._owners.of([event.name for event in events])
+        parts = ((nest, places, at_once) for nest, there in groups for at_once in [asyncio.Semaphore(PARTS)] for places in _parts(there))
+        await asyncio.gather(*(part(*one) for one in parts))
+        return outcomes
 
-    async def _deliver(self, send: Callable[[NestLink], Reply], until: float) -> Raw | None:
+    async def _deliver(self, send: Callable[[NestLink], Reply], until: float, other: NestLink | None = None) -> Raw | None:
+        """Sends to this node's nest; first to another, if one is given and can be reached."""
         while True:
-            nest = self._nest or await self._find()
+            nest = other or self._nest or await self._find()
             try:
                 return await answer_of(send(nest), None if until == FOREVER else max(0.0, until - self._clock()) + LATE)
             except NoAnswer:
                 return None
             except Down:
+                if other is not None:
+                    other = None
+                    continue
                 if nest.lost():
                     self.forget()
             if self._clock() >= until:
@@ -235,6 +254,11 @@ class Asks:
         if self._nest is not None:
             with contextlib.suppress(Exception):  # it was only a favour
                 self._nest.ask(pickle.dumps(ev.Cancel(request), protocol=5))
+
+
+def _parts(places: list[int]) -> Iterator[list[int]]:
+    for at in range(0, len(places), AT_ONCE):
+        yield places[at : at + AT_ONCE]
 
 
 def _same(one: bytes, other: bytes) -> bool:

@@ -109,6 +109,10 @@ class Links(Protocol):
         """May block. Raises `Down` if the host is gone."""
         ...
 
+    def nest_of(self, flock: str, node: str, door: str) -> NestLink | None:
+        """The nest of another node, over its socket (`ip:port`); `None` if there is no way. May block."""
+        ...
+
     def nest(self, flock: str, timeout: float) -> NestLink:
         """May block. Raises `FlockNotRunning`."""
         ...
@@ -294,6 +298,9 @@ class RayLinks:
         link = self._hosts[route.host] = RayLink(handle, route.host)
         self._hosts = {name: kept for name, kept in self._hosts.items() if not kept.lost()}
         return link
+
+    def nest_of(self, flock: str, node: str, door: str) -> NestLink | None:  # noqa: ARG002  # there is no quick way
+        return None
 
     def nest(self, flock: str, timeout: float) -> NestLink:
         return RayNestLink(cluster.local_nest(flock, timeout), flock)

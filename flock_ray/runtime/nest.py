@@ -18,7 +18,6 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -53,6 +52,7 @@ FLUSH = 0.005  # seconds between messages to a peer: one costs 1 to 3 ms of CPU 
 READING = 0.02  # seconds for which letters are read before others have their turn
 MANY = 1_000  # birds in an answer, to be pickled in a thread
 GROWN = 5_000  # names, after which the garbage collector is told to leave alone what there is
+SOON = 1.0  # seconds that birds started together are waited for together
 NOTICES = 1000  # the latest are kept, for people who ask
 SHUTDOWN = 10.0  # seconds that birds have to end when the flock is destroyed
 
@@ -422,7 +422,7 @@ class Nest:
         wall = time.time_ns()
         for place, event in enumerate(events):
             self._replies[event.request] = partial(take, place)
-        self._handle(*[replace(event, wall=wall) if isinstance(event, ev.Start) else event for event in events])
+        self._handle(*[_stamped(event, wall) for event in events])
         if left:
             await done
         return outcomes
@@ -437,8 +437,12 @@ class Nest:
         await self._ready.wait()
         registry = self._registry
         assert registry is not None
-        places, rows = readings.routes(registry, names)
-        missing = [place for place, row in enumerate(rows) if row is None]
+        until = self._loop.time() + timeout
+        while True:
+            places, rows = readings.routes(registry, names)
+            missing = [place for place, row in enumerate(rows) if row is None]
+            if not missing or not await self._runs_soon(registry, names[missing[-1]], until):
+                break
         refused: dict[int, ev.Outcome] = {}
         if missing:
             asked = tuple(ev.Locate(uuid.uuid4().hex, names[place], "running", timeout) for place in missing)
@@ -446,6 +450,15 @@ class Nest:
             places, rows = readings.routes(registry, names)
             refused = {place: outcome for place, outcome in zip(missing, outcomes, strict=True) if rows[place] is None}
         return pickle.dumps(ev.Routes(tuple(places), tuple(rows), refused), protocol=5)
+
+    async def _runs_soon(self, registry: Registry, name: Name, until: float) -> bool:
+        """Waits for one of many that were started together, the last, before each of them is waited for, which costs more than a start."""
+        until = min(until, self._loop.time() + SOON)
+        while self._loop.time() < until:
+            await asyncio.sleep(0.005)
+            if readings.routes(registry, [name])[1][0] is not None:
+                return True
+        return False
 
     async def read(self, query: bytes) -> bytes:
         """A pickled question about birds or nests, answered from the replica."""
@@ -463,6 +476,9 @@ class Nest:
             answer = len(registry.replica)
         elif kind == "nests":
             answer = readings.nests(registry, sum(await self._stepwise(readings.held(registry)), Counter()))
+        elif kind == "ring":
+            ring, members = registry.membership.placement.ring, self._members
+            answer = tuple(ring.weights.items()), {node: members.door(node) for node in ring.weights} if members is not None else {}
         elif kind == "notices":
             answer = list(self._notices)
         else:
@@ -577,6 +593,11 @@ class Nest:
             logger.error("a part of the nest broke; Ray starts it again", exc_info=task.exception())
             _flush_all(logging.getLogger().handlers)
             os._exit(1)
+
+
+def _stamped(event: Any, wall: int) -> Any:
+    """A start with this nest's clock in it; any other request as it is."""
+    return ev.Start(event.request, event.name, event.spec, event.code, wall) if isinstance(event, ev.Start) else event
 
 
 _ANSWERED: dict[str, Callable[..., Awaitable[bytes | None]]] = {

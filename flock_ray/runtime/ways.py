@@ -155,10 +155,10 @@ def _asked(ask: Callable[[RayLink], RayReply], link: RayLink) -> RayReply | Exce
 
 
 class DirectNestLink(SocketLink):
-    """The way to the nest of this node over its socket."""
+    """The way to a nest over its socket; without a door (`ip:port`), to one on this machine."""
 
-    def __init__(self, secret: bytes, life: str, folder: Path) -> None:
-        super().__init__(secret, life, f" {NEST_SOCKET}", folder, limit=NEST_BODY)
+    def __init__(self, secret: bytes, life: str, folder: Path, door: str = "", tls: ssl.SSLContext | None = None) -> None:
+        super().__init__(secret, life, f"{door} {NEST_SOCKET}", folder, tls, limit=NEST_BODY)
 
     def ask(self, request: bytes) -> Reply:
         return self.transmit(CALL, wire.encode(wire.ForNest("ask"), request))
@@ -206,6 +206,15 @@ class Ways(RayLinks):
             return None
         cluster.remember(record)
         return link
+
+    def nest_of(self, flock: str, node: str, door: str) -> NestLink | None:
+        record = cluster.record_of(flock)
+        if record is None or cluster.is_ray_client() or record.config.wire != "auto":
+            return None
+        try:
+            return DirectNestLink(record.secret, record.life, cluster.folder_of(record, node), door, self._tls)
+        except (OSError, ProtocolError):
+            return None
 
     def ensure(self, flock: str, settings: Mapping[str, Any]) -> Config:
         """As `RayLinks.ensure`; without the head if the flock is here already and no settings are to be compared."""
