@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 LIVES = [Life(f"{number:056x}", 1_700_000_000 + number) for number in range(1, 5)]  # as Ray's node ids: 56 hexadecimal digits
 BATCH = 500  # starts, and answers of hosts, that a nest takes in at once
-FROZEN = 5_000  # names after which the collector is told to leave alone what there is, as in `runtime/nest.py`
+FROZEN = 5_000  # written names, after which the collector is told to leave alone what there is, as in `runtime/nest.py`
 CODE = bytes(range(250)) * 6  # a pickled class of 1,500 bytes
 OUTLOOK = msg.Outlook(frozenset(LIVES), (), (), True)
 
@@ -127,8 +127,9 @@ class Cluster:
         self.bytes += [len(packed) for _, packed in sent]
         news = [env.body.update for envelopes in outbox.values() for _, env in envelopes if isinstance(env.body, msg.News)]
         self.most_names = max([self.most_names, *(len(update.delta.entries) for update in news)])
-        if abs(len(nest.replica) - self._frozen) >= FROZEN:
-            self._frozen = len(nest.replica)
+        writes = sum(nest.replica.birds.writes for nest in self.nests.values())
+        if abs(writes - self._frozen) >= FROZEN:
+            self._frozen = writes
             self.costs.of("collector", gc.collect)
             gc.freeze()
 
@@ -364,7 +365,7 @@ def main() -> None:
     parser.add_argument("--largest", type=int, default=1_000_000, metavar="N", help="names in the largest replica (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="of 100 single starts in each flock (default: %(default)s)")
     options = parser.parse_args()
-    gc.set_threshold(10_000, 10, 10)  # as a nest sets it
+    gc.set_threshold(5_000, 5, 10)  # as a nest sets it
 
     replica, memory = measure_memory(options.largest)
     gc.freeze()
