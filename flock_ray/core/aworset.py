@@ -258,6 +258,7 @@ class AWORSet(Generic[K, V]):
 
     def __init__(self, key_hash: Callable[[K], int], merge: Callable[[V, V], V], fingerprint: Callable[[V], bytes]) -> None:
         self.context = Context()
+        self.writes = 0  # of keys, ever
         self._entries: dict[K, Pairs[V]] = {}
         self._key_hash = key_hash
         self._merge = merge
@@ -453,6 +454,7 @@ class AWORSet(Generic[K, V]):
         return self._put(key, tuple(joined))
 
     def _put(self, key: K, pairs: Pairs[V]) -> Change[K, V]:
+        self.writes += 1
         before = self._entries.get(key, ())
         if len(pairs) > 1:
             pairs = tuple(sorted(pairs, key=lambda pair: pair[0]))  # equal replicas are equal in order, too
@@ -472,16 +474,19 @@ class AWORSet(Generic[K, V]):
             return
         stale, self._stale = self._stale, {}
         levels = [(hashes, 64 - FANOUT_BITS * level) for level, hashes in enumerate(self._levels)]
+        entries, key_hash, fingerprint, pack = self._entries, self._key_hash, self._fingerprint, _POSITION_AND_DOT.pack
         for key, before in stale.items():
-            after = self._entries.get(key, ())
-            if after and not before:
-                self._leaves.add(key)
-            elif before and not after:
+            after = entries.get(key, ())
+            if not before:
+                if after:
+                    self._leaves.add(key)
+            elif not after:
                 self._leaves.remove(key)
-            position = self._key_hash(key)
+            position = key_hash(key)
             flip = 0
             for (life, counter), value in before + after:
-                data = _POSITION_AND_DOT.pack(position, life_hash(life), counter) + self._fingerprint(value)
+                data = pack(position, life_hash(life), counter) + fingerprint(value)
                 flip ^= int.from_bytes(blake2b(data, digest_size=8).digest(), "big")
-            for hashes, shift in levels:
-                hashes[position >> shift] ^= flip
+            if flip:
+                for hashes, shift in levels:
+                    hashes[position >> shift] ^= flip

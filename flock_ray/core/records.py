@@ -29,17 +29,15 @@ class Record(NamedTuple):
 
     def join(self, other: Record) -> Record:
         """The later status wins; specs of one dot are equal."""
-        mine, theirs = self.status, other.status
+        mine, theirs = self[1], other[1]
         if theirs is None or (mine is not None and mine[:3] >= theirs[:3]):  # the first three fields are the order
             return self
-        return Record(self.spec, theirs)
+        return Record(self[0], theirs)
 
     def fingerprint(self) -> bytes:
         """The order of the status: by it two statuses of a dot are told apart."""
-        if self.status is None:
-            return b""
-        incarnation, life, sequence = self.status[:3]
-        return _ORDER.pack(incarnation, life_hash(life), sequence)
+        status = self[1]
+        return b"" if status is None else _ORDER.pack(status[0], life_hash(status[1]), status[2])
 
 
 @lru_cache(maxsize=4096)

@@ -51,7 +51,7 @@ SHARE_SETTLES = 1.0  # seconds: in a burst of changes the load is told once
 FLUSH = 0.005  # seconds between messages to a peer: one costs 1 to 3 ms of CPU as a Ray call, so in a burst they are sent together
 READING = 0.02  # seconds for which letters are read before others have their turn
 MANY = 1_000  # birds in an answer, to be pickled in a thread
-GROWN = 5_000  # names, after which the garbage collector is told to leave alone what there is
+WRITTEN = 5_000  # names, after which the garbage collector is told to leave alone what there is
 SOON = 1.0  # seconds that birds started together are waited for together
 NOTICES = 1000  # the latest are kept, for people who ask
 SHUTDOWN = 10.0  # seconds that birds have to end when the flock is destroyed
@@ -87,7 +87,7 @@ class Nest:
         self._ending = False
         self._log_lines = LogLines(logger)
         self._notices: deque[Notice] = deque(maxlen=NOTICES)
-        self._frozen = 0  # names there were when the garbage collector was last told to leave all alone
+        self._frozen = 0  # names that had been written when the garbage collector was last told to leave all alone
         self._share: tuple[int, int] | None = None
         self._share_timer: asyncio.TimerHandle | None = None
         self._memory_low = False
@@ -100,7 +100,8 @@ class Nest:
         self._door: Door | None = None
         self._refusals = Refusals(self._tell_refused)
         self._hosts = Hosts(self._record, node, self._me, self._in_thread, self._handle, self._turned_away)
-        gc.set_threshold(10_000, 10, 10)  # young objects of a burst all live on: to look for garbage among each 700 of them is in vain
+        # Young objects of a burst live on, so to look for garbage among each 700 of them is in vain; more would be a longer pause.
+        gc.set_threshold(5_000, 5, 10)
         self._freeze(0)
         _log_to_stderr()
         self._end_with_the_raylet()
@@ -240,14 +241,14 @@ class Nest:
         if registry.membership.ready and not self._ready.is_set():
             self._ready.set()
         self._note_share(registry)
-        if abs(len(registry.replica) - self._frozen) >= GROWN:
-            self._freeze(len(registry.replica))
+        if registry.replica.birds.writes - self._frozen >= WRITTEN:
+            self._freeze(registry.replica.birds.writes)
         if self._wake is not None:
             self._wake.cancel()
         delay = registry.wake_at() - time.monotonic()
         self._wake = self._loop.call_later(min(max(delay, 0.0), 60.0), self._handle, ev.Tick())
 
-    def _freeze(self, names: int) -> None:
+    def _freeze(self, writes: int) -> None:
         """Tells Python's garbage collector to leave alone what there is now.
 
         It would walk through all objects there are again and again: 10 for each name, a pause of 0.1 s at 100,000 names and of a second at
@@ -255,7 +256,7 @@ class Nest:
         """
         gc.collect()  # or what is garbage now would stay for ever; only what came since the last time is walked through: some ms
         gc.freeze()
-        self._frozen = names
+        self._frozen = writes
 
     def _do_Send(self, effect: do.Send) -> None:
         self._outbox.setdefault(effect.to.node, []).append((effect.to, effect.envelope))

@@ -79,13 +79,13 @@ def some_columns() -> list[object]:
     return list(pack({f"bird-{n}": ((Dot(life, n), Record(spec(n), status if n % 2 else None)),) for n in range(1, 5)}, [Dot(life, 9)]))
 
 
-@pytest.mark.parametrize("column", range(16))
-@pytest.mark.parametrize("damage", ["missing", "empty", "short", "wild"])
+DAMAGES = [(column, damage) for column in range(16) for damage in ("missing", "empty", "short", "wild")]
+
+
+@pytest.mark.parametrize(("column", "damage"), [each for each in DAMAGES if each != (15, "short")])  # one removal less is a good message
 def test_columns_that_do_not_fit_together_are_refused(column, damage):
     columns = some_columns()
     whole = columns[column]
-    if damage == "short" and column == len(columns) - 1:
-        pytest.skip("one removal less is a good message")
     if damage == "missing":
         del columns[column]
     elif damage == "empty":
