@@ -24,6 +24,7 @@ from flock_ray.runtime.pending import Default
 from flock_ray.specs import Dot, Name, Spec, check_name
 
 Came = Callable[[int], object]
+_NO_KWARGS: dict[str, Any] = {}  # never written to
 
 
 class Batches(Requests):
@@ -117,13 +118,11 @@ class Batches(Requests):
         return dict(zip(names, _settled(outcomes, failed, return_exceptions), strict=True))
 
     def _stop_many(self, names: Iterable[Any], return_exceptions: bool, progress: bool) -> list[Any]:
-        targets = [self._target(name) for name in names]
-        for place, (client, _, _) in enumerate(targets):
-            self._check_flock("stop_many", place, client)
+        targets = [self._bird("stop_many", place, name) for place, name in enumerate(names)]
         client = client_of(self.name)
         with shown("stopped", len(targets), progress) as came:
-            outcomes = client.courier.run(self._stopped(client, [(name, dot) for _, name, dot in targets], came))
-        for _, name, _ in targets:
+            outcomes = client.courier.run(self._stopped(client, targets, came))
+        for name, _ in targets:
             client.outdate(name)
         return _settled(outcomes, [one for one in outcomes if one is not None], return_exceptions)
 
@@ -134,18 +133,28 @@ class Batches(Requests):
     # What they share
 
     def _requests(self, what: str, items: Iterable[Any]) -> tuple[Client, list[Request]]:
+        client = client_of(self.name)
+        texts: dict[Any, str] = {}
         requests = []
         for place, item in enumerate(items):
             name, method, args, kwargs = _item(what, "(name, method, args, kwargs)", place, item)
-            client, plain, dot = self._target(name)
-            self._check_flock(what, place, client)
-            requests.append(Request(plain, dot, self._method_text(method, plain), args, kwargs))
-        return client_of(self.name), requests
+            plain, dot = self._bird(what, place, name)
+            text = texts.get(method) if isinstance(method, str) else None
+            if text is None:
+                text = texts[method] = self._method_text(method, plain)
+            requests.append(Request(plain, dot, text, args, kwargs))
+        return client, requests
 
-    def _check_flock(self, what: str, place: int, client: Client) -> None:
-        if client.flock != self.name:
-            text = f"{what} is for birds of one flock, {self.name!r}; item {place} is of {client.flock!r}"
-            raise TypeError(f"{text}: use Flock({client.flock!r}).{what}")
+    def _bird(self, what: str, place: int, name: object) -> tuple[Name, Dot | None]:
+        """What is meant by an item's name, or handle of a bird of this flock."""
+        if not isinstance(name, Bird):
+            if type(name) is not str:
+                check_name(name)
+            return name, None  # type: ignore[return-value]  # as just checked
+        if name._flock != self.name:
+            text = f"{what} is for birds of one flock, {self.name!r}; item {place} is of {name._flock!r}"
+            raise TypeError(f"{text}: use Flock({name._flock!r}).{what}")
+        return name._name, name._dot
 
     def _method_text(self, method: object, name: Name | None) -> str:
         text = method if isinstance(method, str) else getattr(method, "__name__", None)
@@ -181,10 +190,10 @@ class Batches(Requests):
 def _item(what: str, form: str, place: int, item: object) -> tuple[Any, Any, tuple[Any, ...], dict[str, Any]]:
     """An item of a batch, whose arguments may be left out."""
     if isinstance(item, tuple | list) and 2 <= len(item) <= 4:
-        name, second, *rest = item
-        args, kwargs = (*rest, (), {})[:2] if len(rest) != 1 else (rest[0], {})
+        args = item[2] if len(item) > 2 else ()
+        kwargs = item[3] if len(item) > 3 else _NO_KWARGS
         if isinstance(args, tuple | list) and isinstance(kwargs, dict):
-            return name, second, tuple(args), kwargs
+            return item[0], item[1], tuple(args), kwargs
     raise TypeError(f"{what} takes items {form}, of which args and kwargs may be left out; item {place} is {item!r}")
 
 

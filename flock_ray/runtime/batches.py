@@ -7,8 +7,9 @@ What runs here runs on the caller's thread, as a call does; results are unpickle
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flock_ray import errors
@@ -163,19 +164,31 @@ class Batch:
                 by_host[host] = (way.link, [])
             by_host[host][1].append((place, way))
         sent = []
+        frames = []
         for host, (link, calls) in by_host.items():
             if link.path == "ray" or not host.startswith(LIGHT):
                 rest += [place for place, _ in calls]
-                continue
-            at = 0
-            while at < len(calls):
-                end, size = at, 0
-                while end < len(calls) and end - at < FRAME and size < LONGEST // 2:
-                    size += len(self._bodies.get(calls[end][0], _EMPTY))
-                    end += 1
-                sent.append(self._frame(link, calls[at:end]))
-                at = end
+            else:
+                frames.append([(link, some) for some in self._parts(calls)])
+        for several in itertools.zip_longest(*frames):  # in turn: all hosts are to have something to do
+            sent += [self._frame(*frame) for frame in several if frame is not None]
         return sent, rest
+
+    def _parts(self, calls: list[tuple[int, Way]]) -> Iterator[list[tuple[int, Way]]]:
+        """Calls by frames."""
+        if not self._bodies:
+            for at in range(0, len(calls), FRAME):
+                yield calls[at : at + FRAME]
+            return
+        part: list[tuple[int, Way]] = []
+        size = 0
+        for call in calls:
+            if part and (len(part) >= FRAME or size > LONGEST // 2):
+                yield part
+                part, size = [], 0
+            part.append(call)
+            size += len(self._bodies.get(call[0], _EMPTY))
+        yield part
 
     def _frame(self, link: Link, calls: Sequence[tuple[int, Way]]) -> Sent:
         lives: dict[Life, int] = {}
