@@ -231,9 +231,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nodes", type=int, default=4, help="raylets, the head's included (at least 2)")
     parser.add_argument("--birds", type=int, default=20, help="birds to start (at least 2)")
-    parser.add_argument(
-        "--light", action="store_true", help="light birds, many in a process (Flock's own demo has 100)"
-    )
+    parser.add_argument("--light", action="store_true", help="light birds, many in a process (Flock's own demo has 100)")
     given = parser.parse_args()
     if given.nodes < 2 or given.birds < 2:
         parser.error("the demo needs at least 2 nodes and 2 birds")

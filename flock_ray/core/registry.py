@@ -39,7 +39,8 @@ from flock_ray.specs import Dot, Life, Name, Spec, Stamp, Status, name_hash
 
 NAMES_A_STEP = 1000  # looked at in one `handle`: about 20 ms, so that a nest goes on answering in a big change
 LITTLE = 64  # changes that are told at once within `GATHER`: what is more is a burst, and told together
-GATHER = 0.02  # seconds for which news of a burst is gathered: a start and its statuses then go as one entry
+GATHER = 0.02  # seconds for which news of a burst is gathered
+BURST = 0.5  # the same for first starts at the nest that owns them: a start and its statuses then go as one entry, for half the cost
 RELAY_AFTER = 2  # unanswered tries before every other one goes through a third nest (H2)
 AWAKE = float("inf")
 
@@ -85,9 +86,9 @@ class Registry:
         self.waiting: set[Name] = set()  # owned here, and something is missing before they can be hatched
         self._crowded: set[Name] = set()  # of these, those this nest does not admit (P3)
         self._changes: list[RecordChange] = []  # made here, to be told
-        self._gather_until = 0.0  # on the clock of `handle`
-        self._gathering = False  # is something kept back?
-        self._told = 0  # changes, since `GATHER` before that
+        self._gathers_since = AWAKE  # what is kept back, on the clock of `handle`
+        self._hurries = False  # is there something among it that others should soon know of?
+        self._told, self._told_at = 0, 0.0  # changes, within `GATHER` seconds
         self._ring = self.membership.placement.ring  # by which names were looked at last
         self._out: list[do.Effect] = []
         self.asks: dict[Life, Attempt] = {}
@@ -138,7 +139,7 @@ class Registry:
         if self._code_ask_at > self.now:
             times.append(self._code_ask_at)
         if self._changes:
-            times.append(self._gather_until)
+            times.append(self._gathers_since + self._patience())
         return min(times)
 
     def owns(self, name: Name) -> bool:
@@ -221,10 +222,13 @@ class Registry:
         dot = Dot(self.me, self._counter)
         self.changed(self.replica.add(name, dot, spec.stamped(stamp), code))
         self.notice(notices.BirdStarted(self.me, name, dot, 0))
+        if not self.owns(name):
+            self.hurry()
         return dot
 
     def remove(self, name: Name, dots: Iterable[Dot]) -> None:
         self.changed(self.replica.remove(name, dots))
+        self.hurry()
 
     def _on_Received(self, event: ev.Received) -> None:
         self.inbox.take(event.envelope)
@@ -473,25 +477,24 @@ class Registry:
                 self.send(life, msg.CodeAsk(missing))
 
     def _publish(self) -> None:
-        """Tells all peers what was changed here (S3): at once, but in a burst every `GATHER` seconds, as what it has become meanwhile.
+        """Tells all peers what was changed here (S3): at once, but in a burst every `BURST` seconds, as what it has become meanwhile.
 
-        For S6 that means: outside of bursts "starting" is handed to the sender with the `Hatch` it speaks of; in a burst up to `GATHER`
-        later, which is less than a process takes to run a line of the bird. A bird that is faster, and takes its node down, goes uncounted
-        that once.
+        What another nest has to act on goes after `GATHER` at the latest: starts that it owns, stops, birds that have lived elsewhere.
+
+        For S6 it means: outside of bursts "starting" is handed to the sender with the `Hatch` it speaks of. In a burst of first starts it
+        goes up to `BURST` later: a bird that takes its node down within that time goes uncounted, once. For when it is hatched elsewhere
+        it is not its first start.
         """
         changes = self._changes
         if not changes:
             return
-        over = self.now >= self._gather_until
-        much = len(changes) + (0 if over else self._told) > LITTLE
-        if much and not (over and self._gathering) and not self.desk.waits_for_acks:
-            if over:
-                self._gather_until = self.now + GATHER
-            self._gathering = True
-            return
-        if over:
-            self._gather_until, self._told = self.now + GATHER, 0
-        self._changes, self._gathering = [], False
+        if self.now >= self._told_at + GATHER:
+            self._told, self._told_at = 0, self.now
+        if len(changes) + self._told > LITTLE and not self.desk.waits_for_acks:
+            self._gathers_since = min(self._gathers_since, self.now)
+            if self.now < self._gathers_since + self._patience():
+                return
+        self._changes, self._gathers_since, self._hurries = [], AWAKE, False
         self._told += len(changes)
         living = self.membership.living()
         acks = self.desk.acks_wanted()
@@ -499,6 +502,10 @@ class Registry:
             news = msg.News(update, tuple(acks[name] for name in update.delta.entries if name in acks) if acks else ())
             for life in living:
                 self.send(life, news)
+
+    def _patience(self) -> float:
+        """Seconds for which the news there is may be kept back."""
+        return GATHER if self._hurries else BURST
 
     # The dead are forgotten in the end (S2)
 
@@ -560,6 +567,10 @@ class Registry:
             return
         cleared, placed = inside(self.barrier.cleared_arcs()), self.membership.placement.table()
         self.mark([name for name in self.waiting if name in placed or cleared(name_hash(name))])
+
+    def hurry(self) -> None:
+        """What is changed now is not to be kept back for long, however much there is."""
+        self._hurries = True
 
     def mark_crowded(self) -> None:
         """There may be room again."""

@@ -56,6 +56,7 @@ class Supervision:
         if source is not None:
             self._nest.holds.drop(name, dot)  # it lives on as the source, until this life runs
         if status is not None:
+            self._nest.hurry()
             life.restarts, life.crashes, life.error = status.restarts, status.crashes, status.error
             if status.state == "starting" and status.life not in self._nest.membership.view:
                 life.crashes += 1  # it may be what took its node down (S6)

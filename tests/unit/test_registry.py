@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,7 @@ from flock_ray.core import messages as msg
 from flock_ray.core.aworset import Hashes
 from flock_ray.core.holds import Phase
 from flock_ray.core.notices import CastLost
-from flock_ray.core.registry import GATHER, LITTLE, NAMES_A_STEP, Registry
+from flock_ray.core.registry import BURST, GATHER, LITTLE, NAMES_A_STEP, Registry
 from flock_ray.core.replica import RECORDS, Replica
 from flock_ray.core.sync import Sync
 from flock_ray.core.wire import LifeCrashed, LifeEnded, LifeExited, LifeRunning
@@ -175,7 +176,7 @@ def test_news_of_a_burst_is_what_it_has_become_in_messages_of_bounded_size():
     assert len(hatches) == 2500 - few, "what is to be done waits for nobody"
     pair.take(ME, *running(hatches))
     assert pair.news() == [], "a burst is gathered"
-    pair.now += GATHER
+    pair.now += BURST
     assert pair.nests[ME].wake_at() <= pair.now
     pair.take(ME, ev.Tick())
     news = pair.news()
@@ -184,6 +185,32 @@ def test_news_of_a_burst_is_what_it_has_become_in_messages_of_bounded_size():
     states = {record.status.state for each in news for pairs in each.update.delta.entries.values() for _, record in pairs}
     assert states == {"running"}
     assert len(pair.nests[PEER].replica) == 2500
+
+
+@pytest.mark.parametrize("why", ["it is another's", "it is stopped", "it has lived before"])
+def test_what_another_nest_has_to_act_on_is_kept_back_for_less_long(why):
+    pair = Pair(ME, PEER)
+    mine = [n for n in range(2_000) if pair.nests[ME].owns(f"bird-{n}")]
+    theirs = next(n for n in range(2_000) if not pair.nests[ME].owns(f"bird-{n}"))
+    if why != "it is another's":
+        pair.take(ME, *running(pair.take(ME, start(mine[-1]))))
+        pair.pass_time(1.0)
+    pair.take(ME, *[start(n) for n in mine[:LITTLE]])
+    pair.news()
+    if why == "it is another's":
+        pair.take(ME, start(theirs))
+    elif why == "it is stopped":
+        pair.take(ME, ev.Stop("stop", f"bird-{mine[-1]}"))
+    else:
+        registry = pair.nests[ME]
+        life = registry.holds.lives_of(f"bird-{mine[-1]}")[0]
+        registry.holds.end(life)  # as if another nest had held it
+        registry.mark([life.name])
+        pair.take(ME, ev.Tick())
+    assert pair.nests[ME].wake_at() <= pair.now + GATHER
+    pair.now += GATHER
+    pair.take(ME, ev.Tick())
+    assert pair.news()
 
 
 def test_a_start_that_is_to_be_acknowledged_is_told_at_once_in_a_burst_too():
@@ -207,7 +234,7 @@ def test_a_peer_does_not_look_at_birds_that_do_not_concern_it(monkeypatch):
     names = [n for n in range(200) if pair.nests[ME].owns(f"bird-{n}")]
     effects = pair.take(ME, *[start(n) for n in names])
     pair.take(ME, *running(effects))
-    pair.pass_time(0.1)
+    pair.pass_time(BURST + 0.1)
     assert len(pair.nests[PEER].replica) == len(names)
     assert not [name for life, name in looked if life == PEER]
     assert len(looked) == len(names), "the owner looks at a start once, and at what its life says not at all"
