@@ -268,8 +268,9 @@ class Hosts:
 
     def _ended(self, process: Process, why: str) -> None:
         """A process is gone, with all it held."""
-        guilty = suspects(self._directory, process.pid) if process.kind.light else frozenset()
-        pause = self._pause_after_death() if process.kind.light and not process.condemned else 0.0
+        shared = process.kind.light and process.ready  # one that never came up is what these birds have asked for
+        guilty = suspects(self._directory, process.pid) if shared else frozenset()
+        pause = self._pause_after_death() if shared and not process.condemned else 0.0
         events: list[ev.Event] = []
         for held in [held for held in self._lives.values() if held.process is process]:
             was_over = held.over
@@ -277,7 +278,7 @@ class Hosts:
             self._drop(held)
             if was_over:
                 continue
-            if not process.kind.light or held.killed_for or (held.dot.counter, held.dot.life.number) in guilty:
+            if not shared or held.killed_for or (held.dot.counter, held.dot.life.number) in guilty:
                 events.append(wire.LifeCrashed(held.dot, held.born, held.killed_for or why))
             else:
                 events.append(ev.LifeLost(held.dot, held.born, f"the process that it shared ended: {why}", pause))
