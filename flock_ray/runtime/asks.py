@@ -24,7 +24,7 @@ from flock_ray.runtime.links import Links, NestLink
 from flock_ray.runtime.owners import Owners
 from flock_ray.runtime.pending import FOREVER, named_error
 from flock_ray.runtime.replies import Down, NoAnswer, Raw, Reply, answer_of
-from flock_ray.specs import Dot, Name, Route, Spec
+from flock_ray.specs import Dot, Life, Name, Route, Spec
 
 LATE = 1.0  # seconds a nest may answer after the time it was given
 PAUSE = 0.2  # seconds before a nest that is down is asked again
@@ -52,7 +52,8 @@ class Asks:
         self._nest: NestLink | None = None
         self._config: Config | None = None
         self._written: OrderedDict[Name, Dot] = OrderedDict()
-        self._owners = Owners(flock, links, courier, clock, self.read)
+        self._unseen: dict[Life, int] = {}  # the latest dot of each nest that has accepted a start, and may have to tell this node's yet
+        self._owners = Owners(flock, links, courier, clock, self._read)
 
     @property
     def known_config(self) -> Config | None:
@@ -110,7 +111,12 @@ class Asks:
     ) -> list[ev.Accepted | BaseException]:
         """Starts many; the error of each that was not accepted is in its place."""
         events = [ev.Start(spec.request_id, name, spec, code, wall) for name, spec, code in starts]
-        return [self._accepted(event, outcome) for event, outcome in zip(events, await self._ask_many(events, until, came), strict=True)]
+        groups = await self._owners.of([event.name for event in events])
+        outcomes = await self._ask_many(events, groups, until, came)
+        for outcome in outcomes:
+            if isinstance(outcome, Dot) and outcome.counter > self._unseen.get(outcome.life, 0):
+                self._unseen[outcome.life] = outcome.counter
+        return [self._accepted(event, outcome) for event, outcome in zip(events, outcomes, strict=True)]
 
     def _accepted(self, event: ev.Start, outcome: ev.Outcome | Dot) -> ev.Accepted | BaseException:
         if isinstance(outcome, Dot):
@@ -125,7 +131,7 @@ class Asks:
     async def stop_many(self, birds: Sequence[tuple[Name, Dot | None]], until: float, came: Came) -> list[BaseException | None]:
         """Stops many; the error of each that could not be is in its place."""
         events = [ev.Stop(_id(), name, dot or self.written(name)) for name, dot in birds]
-        outcomes = await self._ask_many(events, until, came)
+        outcomes = await self._ask_many(events, [(None, list(range(len(events))))], until, came)
         return [None if isinstance(one, ev.Done) else self._error(one, event.name) for event, one in zip(events, outcomes, strict=True)]
 
     async def routes(self, names: Sequence[Name], until: float) -> AsyncIterator[tuple[Sequence[Name], ev.Routes]]:
@@ -168,7 +174,14 @@ class Asks:
             raise self._error(outcome, name)
 
     async def read(self, *query: object) -> Any:
-        """Looks into a nest's replica."""
+        """Looks into the replica of this node's nest, once it has what this process has written (C3)."""
+        if self._unseen:
+            dots = tuple(Dot(life, counter) for life, counter in self._unseen.items())
+            self._unseen.clear()
+            await self._read("covers", dots)
+        return await self._read(*query)
+
+    async def _read(self, *query: object) -> Any:
         until = self._clock() + READ_SECONDS
         raw = await self._deliver(lambda nest: nest.read(pickle.dumps(query, protocol=5)), until)
         if raw is None:
@@ -180,6 +193,7 @@ class Asks:
         self._links.forget(self.flock)
         self._nest = self._config = None
         self._written.clear()
+        self._unseen.clear()
         self._owners.forget()
 
     def _error(self, outcome: ev.Outcome, name: Name) -> BaseException:
@@ -206,8 +220,10 @@ class Asks:
         outcome: ev.Outcome = pickle.loads(raw.message)
         return outcome
 
-    async def _ask_many(self, events: Sequence[Request], until: float, came: Came) -> list[Any]:
-        """Asks the nests that own the names, in parts, of which some are under way at a time: a nest answers others in between."""
+    async def _ask_many(
+        self, events: Sequence[Request], groups: Sequence[tuple[NestLink | None, list[int]]], until: float, came: Came
+    ) -> list[Any]:
+        """Asks nests, each of its group, in parts, of which some are under way at a time: a nest answers others in between."""
         outcomes: list[Any] = [None] * len(events)
 
         async def part(nest: NestLink | None, places: Sequence[int], at_once: asyncio.Semaphore) -> None:
@@ -223,7 +239,6 @@ class Asks:
                 text = f"no nest of flock {self.flock!r} has answered about bird {events[place].name!r} in time; is this node cut off?"
                 outcomes[place] = ev.Refused("CallTimeout", text, events[place].name)
 
-        groups = await self._owners.of([event.name for event in events])
         parts = ((nest, places, at_once) for nest, there in groups for at_once in [asyncio.Semaphore(PARTS)] for places in _parts(there))
         await asyncio.gather(*(part(*one) for one in parts))
         return outcomes

@@ -39,7 +39,7 @@ from flock_ray.runtime.loglines import LogLines
 from flock_ray.runtime.members import Members
 from flock_ray.runtime.peers import Door, Wire, Wires
 from flock_ray.runtime.tls import contexts
-from flock_ray.specs import Life, Name, brought
+from flock_ray.specs import Dot, Life, Name, brought
 
 T = TypeVar("T")
 
@@ -452,6 +452,15 @@ class Nest:
             refused = {place: outcome for place, outcome in zip(missing, outcomes, strict=True) if rows[place] is None}
         return pickle.dumps(ev.Routes(tuple(places), tuple(rows), refused), protocol=5)
 
+    async def _covers(self, registry: Registry, dots: Iterable[Dot]) -> bool:
+        """Waits until what another nest has accepted is known here: one's own writes are seen (C3)."""
+        until = self._loop.time() + self._config.lookup_timeout
+        while not all(map(registry.replica.knows, dots)):
+            if self._loop.time() > until:
+                return False
+            await asyncio.sleep(0.01)
+        return True
+
     async def _runs_soon(self, registry: Registry, name: Name, until: float) -> bool:
         """Waits for one of many that were started together, the last, before each of them is waited for, which costs more than a start."""
         until = min(until, self._loop.time() + SOON)
@@ -477,6 +486,8 @@ class Nest:
             answer = len(registry.replica)
         elif kind == "nests":
             answer = readings.nests(registry, sum(await self._stepwise(readings.held(registry)), Counter()))
+        elif kind == "covers":
+            answer = await self._covers(registry, *rest)
         elif kind == "ring":
             ring, members = registry.membership.placement.ring, self._members
             answer = tuple(ring.weights.items()), {node: members.door(node) for node in ring.weights} if members is not None else {}

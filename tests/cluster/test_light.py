@@ -115,6 +115,18 @@ def test_what_cannot_be_started_has_its_place(flyground, name):
         flock_ray.stop(one.name)
 
 
+def test_ones_own_writes_are_seen(flyground, name):
+    """Other nests than this node's have accepted most of them."""
+    for batch in range(3):
+        names = [f"{name}/{batch}/{n}" for n in range(400)]
+        before = flock_ray.count()
+        LIGHT.start_many([(one, Room) for one in names])
+        assert flock_ray.count() == before + len(names)
+        assert set(flock_ray.ask_all("add", prefix=f"{name}/{batch}/")) == set(names)
+    flock_ray.stop_many([info.name for info in flock_ray.birds(prefix=f"{name}/")])
+    assert not flock_ray.birds(prefix=f"{name}/")
+
+
 def neighbours(name, cls=Room, number=60):
     """Light birds that share a process, and the process."""
     names = [f"{name}/{n}" for n in range(number)]

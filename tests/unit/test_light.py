@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import textwrap
@@ -175,19 +176,26 @@ def test_arguments_shared_by_calls_travel_once():
     assert len(wire.encode_calls(head, [(0, 0, n, body) for n in range(100)])) < 3_000
 
 
+def test_calls_that_are_cut_short_are_refused():
+    head = wire.CallMany("c", (), ())
+    _, _, whole = wire.decode_call(wire.encode_calls(head, [(0, 0, 1, b"abc"), (0, 0, 2, b"defg")]))
+    assert len(list(wire.decode_calls(whole))) == 2
+    for length in range(len(whole)):
+        with pytest.raises((ValueError, struct.error)):
+            list(wire.decode_calls(whole[:length]))
+
+
 @given(st.binary(max_size=60))
-def test_calls_that_are_cut_short_are_refused(body):
-    whole = wire.encode_calls(wire.CallMany("c", (), ()), [(0, 0, 1, b"abc"), (0, 0, 2, b"defg")])
-    _, _, good = wire.decode_call(whole)
-    for bad in (memoryview(body), good[:-1], good[:5]):
-        with pytest.raises((ValueError, wire.struct.error)):
-            if list(wire.decode_calls(bad)) is not None and bad is not good:
-                raise ValueError("it was long enough by chance")
+def test_whatever_comes_is_read_or_refused(body):
+    try:
+        calls = list(wire.decode_calls(memoryview(body)))
+    except (ValueError, struct.error):
+        return
+    assert sum(len(arguments) for *_, arguments in calls) <= len(body) * max(1, len(calls))
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**32 - 1), st.one_of(BODIES.map(lambda body: wire.RESULT + body), BODIES))))
 def test_answers_come_out_as_they_went_in(answers):
-    answers = [(place, answer) for place, answer in answers if len(answer) >= 0]
     message = wire.encode_answers(answers)
     assert wire.count_items(message) == len(answers)
     read = [(place, (wire.RESULT if plain else b"") + bytes(body)) for place, body, plain in wire.decode_answers(message)]
@@ -208,11 +216,11 @@ def test_orders_to_hatch_are_sent_in_parts():
 
 @given(st.permutations(range(8)))
 def test_whatever_order_messages_come_in_they_line_up_in_their_callers(order):
-    arrivals, lined_up = Arrivals(), []
-    for number in order:
-        lined_up += arrivals.come("c", number, number)
-        lined_up += arrivals.come("other", len(lined_up) * 0 + order.index(number), f"o{number}")
-    assert [one for one in lined_up if isinstance(one, int)] == list(range(8))
+    arrivals, mine, others = Arrivals(), [], []
+    for place, number in enumerate(order):
+        mine += arrivals.come("c", number, number)
+        others += arrivals.come("another", place, place)
+    assert mine == others == list(range(8))
     assert not arrivals._early
 
 
