@@ -32,6 +32,7 @@ from flock_ray.specs import Life, Options, Spec
 
 InThread = Callable[..., Awaitable[Any]]
 FILL = 1.0  # seconds until a spare that was taken is replaced: its bird starts first
+REFILL = 10.0  # seconds until one that died is, lest one that cannot live is started again and again; the next bird has it done sooner
 KINDS = 4  # of spares that are kept
 FAREWELL = 15.0  # seconds within which a host that keeps nothing ends by itself, or is killed
 LIGHT = "light:"  # how the names of hosts of light birds begin
@@ -260,9 +261,10 @@ class Processes:
             asyncio.get_running_loop().remove_reader(process.pidfd)
             os.close(process.pidfd)
             process.pidfd = -1
-        for spares in self._spares.values():
-            if process in spares:
-                spares.remove(process)  # the next bird of its kind has another started: one that cannot start is not tried in a loop
+        spares = self._spares.get(process.kind, [])
+        if process in spares:
+            spares.remove(process)
+            asyncio.get_running_loop().call_later(REFILL, self._fill, process.kind)
         self._ended(process, process.killed_for or text)
         if process.pid:
             for path in (socket_path, recorder_path, pid_path):
