@@ -174,8 +174,8 @@ class Batches(Requests):
         progress: bool,
         lanes: Lanes | None,
     ) -> tuple[list[Any], list[BaseException]]:
-        if inside.in_async_method() and not cast:
-            raise RuntimeError("call_many here would stop the event loop of this bird; await flock_ray.aio.call_many(...)")
+        if inside.in_async_method():
+            raise RuntimeError("a batch here would stop the event loop of this bird; await its namesake in flock_ray.aio")
         client.check_process()
         client.courier.run(client.asks.config())
         until = self._until(client, check_timeout(timeout) if timeout is not DEFAULT else DEFAULT)

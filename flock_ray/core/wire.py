@@ -307,7 +307,7 @@ def chunks(orders: Iterable[HatchOrder]) -> Iterator[tuple[HatchOrder, ...]]:
     chunk: list[HatchOrder] = []
     size = 0
     for order in orders:
-        long = len(order.spec.args) + len(order.state or b"")
+        long = len(order.spec.args) + len(order.state or b"") + (len(order.code) if not chunk or order.code is not chunk[-1].code else 0)
         if chunk and (len(chunk) >= ORDERS or size + long > LONG_ORDERS):
             yield tuple(chunk)
             chunk, size = [], 0

@@ -32,6 +32,8 @@ FIND_SECONDS = 10.0  # how long a nest is looked for
 READ_SECONDS = 30.0  # how long a nest may be away before a look into its replica gives up
 AT_ONCE = 1_000  # requests in a message: some 20 ms of a nest's time
 PARTS = 4  # such messages under way
+TOLD = 2.0  # seconds within which all nests have heard of a stop
+OTHER = 10.0  # seconds another nest is given, before this node's is asked: it may hang
 PATIENCE = 5.0  # seconds a nest is asked to wait for birds to run, until it is asked again
 REMEMBERED = 65_536  # names whose last dot is kept
 
@@ -52,6 +54,7 @@ class Asks:
         self._nest: NestLink | None = None
         self._config: Config | None = None
         self._written: OrderedDict[Name, Dot] = OrderedDict()
+        self._stopped_at = float("-inf")  # when this process stopped a bird last
         self._unseen: dict[Life, int] = {}  # the latest dot of each nest that has accepted a start, and may have to tell this node's yet
         self._owners = Owners(flock, links, courier, clock, self._read)
 
@@ -88,6 +91,7 @@ class Asks:
         return self._config
 
     async def start(self, name: Name, spec: Spec, code: bytes, wall: int, until: float) -> ev.Accepted:
+        await self._seen()
         event = ev.Start(spec.request_id, name, spec, code, wall)
         outcome = self._accepted(event, await self._ask(event, until))
         if isinstance(outcome, ev.Accepted):
@@ -111,7 +115,10 @@ class Asks:
     ) -> list[ev.Accepted | BaseException]:
         """Starts many; the error of each that was not accepted is in its place."""
         events = [ev.Start(spec.request_id, name, spec, code, wall) for name, spec, code in starts]
-        groups = await self._owners.of([event.name for event in events])
+        if self._clock() - self._stopped_at < TOLD:  # the nest of this node knows of these stops
+            groups: list[tuple[NestLink | None, list[int]]] = [(None, list(range(len(events))))]
+        else:
+            groups = await self._owners.of([event.name for event in events])
         outcomes = await self._ask_many(events, groups, until, came)
         for outcome in outcomes:
             if isinstance(outcome, Dot) and outcome.counter > self._unseen.get(outcome.life, 0):
@@ -131,6 +138,7 @@ class Asks:
     async def stop_many(self, birds: Sequence[tuple[Name, Dot | None]], until: float, came: Came) -> list[BaseException | None]:
         """Stops many; the error of each that could not be is in its place."""
         events = [ev.Stop(_id(), name, dot or self.written(name)) for name, dot in birds]
+        self._stopped_at = self._clock()
         outcomes = await self._ask_many(events, [(None, list(range(len(events))))], until, came)
         return [None if isinstance(one, ev.Done) else self._error(one, event.name) for event, one in zip(events, outcomes, strict=True)]
 
@@ -153,6 +161,7 @@ class Asks:
                 yield some, pickle.loads(raw.message)
 
     async def stop(self, name: Name, after: Dot | None, until: float) -> None:
+        self._stopped_at = self._clock()
         outcome = await self._ask(ev.Stop(_id(), name, after or self.written(name)), until)
         if not isinstance(outcome, ev.Done):
             raise self._error(outcome, name)
@@ -175,11 +184,17 @@ class Asks:
 
     async def read(self, *query: object) -> Any:
         """Looks into the replica of this node's nest, once it has what this process has written (C3)."""
+        await self._seen()
+        return await self._read(*query)
+
+    async def _seen(self) -> None:
+        """Waits until this node's nest knows of the starts that others have accepted."""
         if self._unseen:
             dots = tuple(Dot(life, counter) for life, counter in self._unseen.items())
-            self._unseen.clear()
             await self._read("covers", dots)
-        return await self._read(*query)
+            for life, counter in dots:
+                if self._unseen.get(life) == counter:
+                    del self._unseen[life]
 
     async def _read(self, *query: object) -> Any:
         until = self._clock() + READ_SECONDS
@@ -248,9 +263,14 @@ class Asks:
         while True:
             nest = other or self._nest or await self._find()
             try:
-                return await answer_of(send(nest), None if until == FOREVER else max(0.0, until - self._clock()) + LATE)
+                patience = None if until == FOREVER else max(0.0, until - self._clock()) + LATE
+                if other is not None:
+                    patience = OTHER if patience is None else min(patience, OTHER)
+                return await answer_of(send(nest), patience)
             except NoAnswer:
-                return None
+                if other is None:
+                    return None
+                other = None
             except Down:
                 if other is not None:
                     other = None

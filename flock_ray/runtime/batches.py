@@ -24,6 +24,7 @@ from flock_ray.runtime.replies import Down, NoAnswer, Raw, Reply
 from flock_ray.specs import Dot, Life, Name, Route
 
 FRAME = 500  # calls in a frame: a host runs them in some 3 ms, and answers together
+LOOKS = 64  # at a connection, when time is over
 SMALL = 10_000  # bytes of the arguments of one
 
 _EMPTY = payload.pack(((), {}), what="")[0]
@@ -87,9 +88,14 @@ class Batch:
             together, alone = self._sort()
             ways = self._ways([self._requests[place].name for place in together])
             sent, rest = self._send(together, ways)
-            alone += rest
-            alone += self._collect(sent)
-        self._one_by_one(sorted(alone))
+            flying: list[tuple[int, CallFuture]] = []
+            try:
+                self._one_by_one(sorted(alone + rest), flying)
+                self._one_by_one(sorted(self._collect(sent)), flying)
+                self._wait_for(flying)
+            except BaseException:  # an interrupt
+                self._take_back(sent, flying)
+                raise
         return self._outcomes
 
     @property
@@ -215,13 +221,24 @@ class Batch:
             left = set(range(len(frame.places)))
             try:
                 while left:
-                    again += self._take(frame, frame.reply.get(self._seconds()), left)
+                    again += self._take(frame, self._next_answers(frame), left)
             except NoAnswer:
                 frame.reply.forget()
                 self._late(frame, left)
             except Down as down:
                 again += self._lost(frame, left, down)
         return again
+
+    def _next_answers(self, frame: Sent) -> Raw:
+        """Waits for some. What came while another host was waited for is there when time is over, too."""
+        try:
+            return frame.reply.get(self._seconds())
+        except NoAnswer:
+            for _ in range(LOOKS):
+                frame.link.look()
+                if frame.reply.done:
+                    break
+            return frame.reply.get(0)
 
     def _seconds(self) -> float | None:
         return None if self._until == FOREVER else max(0.0, self._until - self._client.clock())
@@ -248,12 +265,23 @@ class Batch:
                 self._fail(place, self._unavailable(request, down))
             except NoAnswer:
                 self._fail(place, self._timed_out(request))
-            except BaseException as error:  # the bird's own, or of a class that does not unpickle here
+            except Exception as error:  # the bird's own, or of a class that does not unpickle here
                 self._fail(place, errors.RemoteError(str(error), request.name) if is_plain else error)
         self._came(len(answers) - len(again))
         return again
 
+    def _take_back(self, sent: Iterable[Sent], flying: Iterable[tuple[int, CallFuture]]) -> None:
+        """Nobody waits any more."""
+        for frame in sent:
+            frame.reply.forget()
+            for at, dot in enumerate(frame.dots if not self._cast else ()):
+                frame.link.control(wire.encode(wire.Withdraw(frame.caller, at, dot)))
+        for _, future in flying:
+            future.cancel()
+
     def _late(self, frame: Sent, left: Iterable[int]) -> None:
+        if self._cast:
+            return  # they may yet be taken
         for at in left:
             place = frame.places[at]
             frame.link.control(wire.encode(wire.Withdraw(frame.caller, at, frame.dots[at])))
@@ -284,9 +312,8 @@ class Batch:
 
     # One by one
 
-    def _one_by_one(self, places: Sequence[int]) -> None:
-        """Through the lanes, all at once, as far as the window reaches."""
-        flying: list[tuple[int, CallFuture]] = []
+    def _one_by_one(self, places: Sequence[int], flying: list[tuple[int, CallFuture]]) -> None:
+        """Through the lanes, all at once, as far as the window reaches. What flies is to be waited for."""
         for place in places:
             request = self._requests[place]
             try:
@@ -297,20 +324,19 @@ class Batch:
                     flying.append((place, self._future(request, flying)))
             except Exception as error:  # what sending may raise
                 self._fail(place, error)
-        self._wait_for(flying)
 
     def _future(self, request: Request, flying: list[tuple[int, CallFuture]]) -> CallFuture:
         try:
-            return self._client.future(*request, self._seconds(), self._retry, self._lanes)
+            return self._client.future(*request, self._seconds(), self._retry, self._lanes, self._chain)
         except errors.MailboxFull:  # too many of ours are under way
             self._wait_for(flying)
             flying.clear()
-            return self._client.future(*request, self._seconds(), self._retry, self._lanes)
+            return self._client.future(*request, self._seconds(), self._retry, self._lanes, self._chain)
 
     def _wait_for(self, flying: Iterable[tuple[int, CallFuture]]) -> None:
         for place, future in flying:
             try:
                 self._outcomes[place] = future.result()
-            except BaseException as error:  # the bird's own, whatever that is
+            except Exception as error:  # the bird's own, whatever that is
                 self._fail(place, error)
             self._came(1)

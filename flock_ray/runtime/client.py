@@ -30,6 +30,7 @@ from flock_ray.runtime.ways import Ways
 from flock_ray.specs import Dot, Name, Route
 
 Lanes = dict[Name, Lane]  # of one caller
+Chain = tuple[tuple[str, Name], ...]  # birds that wait, as (flock, name)
 DEFAULT = Default.TIMEOUT
 ROUTES = 1_000_000  # names whose route is kept, about 0.4 KB of each
 LANES = 4_096  # lanes a caller keeps before it drops those with nothing under way
@@ -92,9 +93,12 @@ class Client:
         timeout: float | Default | None,
         retry: bool,
         lanes: Lanes | None = None,
+        chain: Chain | None = None,
     ) -> CallFuture:
-        """Sends a call and returns the future of its result. With `lanes` in the order of whoever's these are."""
-        message = self._message(name, dot, method, args, kwargs, timeout, retry, detached=True, lanes=lanes)
+        """Sends a call and returns the future of its result. With `lanes` in the order of whoever's these are; with a `chain` its sender is
+        to wait for it.
+        """
+        message = self._message(name, dot, method, args, kwargs, timeout, retry, detached=True, lanes=lanes, chain=chain)
         message.lane.submit(message, Urgency.SOON)
         return CallFuture(message)
 
@@ -125,10 +129,12 @@ class Client:
         detached: bool = False,
         stream: bool = False,
         lanes: Lanes | None = None,
+        chain: Chain | None = None,
     ) -> Pending:
         body, extra = self.pack(name, method, args, kwargs)
         now_inside = inside.current.get()
-        chain = now_inside.chain if now_inside is not None and not cast and not detached else ()
+        if chain is None:
+            chain = now_inside.chain if now_inside is not None and not cast and not detached else ()
         message = Pending(
             self._lane(name, self._lanes_of(now_inside) if lanes is None else lanes), dot, method, body, extra, chain, timeout, retry
         )

@@ -20,7 +20,7 @@ import sys
 import threading
 import time
 import weakref
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -68,6 +68,7 @@ LINGER = 2.0  # seconds a host whose life has ended still says "moved": longer s
 CRASH_LINGER = 0.2  # seconds for the last answer of a crashed life to leave the process
 FAREWELL = 5.0  # seconds Ray is given to end the process (it takes 1 to 2); it cannot while a method runs
 PARCELS_KEPT = 600.0  # seconds an answer waits to be fetched by Ray
+NEVER = 100_000  # lives that were to end before they began
 FORGOTTEN = 60.0  # seconds after which a host that left in good order ends without its nest's ForgetOrder
 
 
@@ -130,10 +131,11 @@ class Host:
         self.state_lock: Lock = threading.RLock()
         self.readings = Readings()
         self._classes: weakref.WeakValueDictionary[str, Loaded] = weakref.WeakValueDictionary()  # by digest, while a life is of them
+        self._loading = threading.Lock()
         self._lock = threading.Lock()
         self._lives: dict[Dot, HostedLife] = {}
         self.ordered: Future[HatchOrder | None] = Future()  # what a spare waits for; None: nothing comes any more
-        self._never: deque[tuple[Dot, int]] = deque(maxlen=64)  # lives that were to end before they began; a host has one
+        self._never: OrderedDict[tuple[Dot, int], None] = OrderedDict()  # lives that were to end before they began
         self._leaving = False
         self._ip = ip
         self._listener: Listener | None = None
@@ -198,7 +200,9 @@ class Host:
             life = self._lives.get(order.dot)
             here = life is not None and life.born == order.born
             if not here:
-                self._never.append((order.dot, order.born))
+                self._never[order.dot, order.born] = None
+                if len(self._never) > NEVER:
+                    self._never.popitem(last=False)
         if life is not None and here:
             life.end(order)
         else:
@@ -314,9 +318,13 @@ class Host:
 
     def loaded(self, order: HatchOrder) -> Loaded:
         loaded = self._classes.get(order.spec.code)
-        if loaded is None:
-            loaded = self._classes[order.spec.code] = Loaded(order.code)
-        return loaded
+        if loaded is not None:
+            return loaded
+        with self._loading:  # or of many threads each would make a class of its own
+            loaded = self._classes.get(order.spec.code)
+            if loaded is None:
+                loaded = self._classes[order.spec.code] = Loaded(order.code)
+            return loaded
 
     def says(self, word: object) -> None:
         self._reporter.say(word)

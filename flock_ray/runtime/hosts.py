@@ -101,10 +101,15 @@ class Hosts:
         given = process is not None
         if process is None:
             process = self._processes.new(kind, options, order)
-        process.lives += 1
-        self._lives[effect.dot, effect.born] = Held(process, effect.name, effect.dot, effect.born)
+        self._hold(process, effect.name, effect.dot, effect.born)
         if given:
             self._processes.hatch(process, order)
+
+    def _hold(self, process: Process, name: Name, dot: Dot, born: int) -> Held:
+        held = self._lives[dot, born] = Held(process, name, dot, born)
+        process.lives += 1
+        process.alive += 1
+        return held
 
     def _light_host(self, kind: Kind) -> Process:
         """The one with the fewest birds; or another, while there are not enough and all are crowded."""
@@ -133,11 +138,8 @@ class Hosts:
 
     def _take_back(self, held: Held) -> bool:
         """Takes back the order to hatch a light bird, if its host has not been given it."""
-        process = held.process
-        kept = [order for order in process.hatches if (order.dot, order.born) != (held.dot, held.born)]
-        if len(kept) == len(process.hatches):
+        if held.process.hatches.pop((held.dot, held.born), None) is None:
             return False
-        process.hatches = kept
         self._over(held)
         self._drop(held)
         return True
@@ -149,14 +151,26 @@ class Hosts:
 
     def _end_process_of(self, held: Held, why: str) -> None:
         """Ends a life by ending its process; of a light bird after its neighbours have left."""
-        held.killed_for = held.killed_for or why
         process = held.process
-        neighbours = [one for one in self._lives.values() if one.process is process and not one.over and not one.killed_for]
-        process.condemned = True
-        if neighbours:
+        if held.over or held.killed_for:
+            return
+        held.killed_for = why
+        process.stuck += 1
+        if self._take_back(held):
+            self._tell(wire.LifeCrashed(held.dot, held.born, why))
+        elif not process.condemned and process.alive > process.stuck:
+            process.condemned = True
+            neighbours = [one for one in self._lives.values() if one.process is process and not one.over and not one.killed_for]
             self._tell(ev.Evacuate(tuple((one.dot, one.born) for one in neighbours)))
         else:
-            self._processes.kill(process, why)
+            process.condemned = True
+            self._end_if_deserted(process)
+
+    def _end_if_deserted(self, process: Process) -> None:
+        """None is left in it that could leave: it is killed for those that do not."""
+        if process.condemned and process.stuck and process.alive <= process.stuck:
+            stuck = (one for one in self._lives.values() if one.process is process and not one.over)
+            self._processes.kill(process, next((one.killed_for for one in stuck if one.killed_for), "a bird in it did not return"))
 
     def raise_incarnation(self, effect: do.Raise) -> None:
         held = self._lives.get((effect.dot, effect.born))
@@ -179,7 +193,8 @@ class Hosts:
                 self._processes.order(held.process, wire.EndOrder(held.dot, held.born, reason, False, timeout))
         for process in self._processes.all():
             if process.kind.light:
-                process.hatches.clear()
+                for key in tuple(process.hatches):
+                    self._take_back(self._lives[key])
                 self._processes.order(process, wire.EndAllOrder(reason, timeout))
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout
@@ -240,12 +255,12 @@ class Hosts:
                 self._drop(held)
             else:
                 self._processes.kill_later(process, "its life was over and it did not end")
-        if process.condemned and all(one.killed_for or one.over for one in self._lives.values() if one.process is process):
-            why = next((one.killed_for for one in self._lives.values() if one.process is process and one.killed_for), "")
-            self._processes.kill(process, why or "a bird in it did not return")
+        self._end_if_deserted(process)
 
     def _over(self, held: Held) -> None:
         held.over = True
+        held.process.alive -= 1
+        held.process.stuck -= bool(held.killed_for)
         if held.deadline is not None:
             held.deadline.cancel()
         self._kept.setdefault(held.dot, []).append(held)
@@ -258,6 +273,7 @@ class Hosts:
         if kept:
             self._kept[held.dot] = kept
         held.process.lives -= 1
+        self._end_if_deserted(held.process)
         if not held.process.lives and held.process.kind.light:
             asyncio.get_running_loop().call_later(EMPTY, self._end_if_empty, held.process)
 
@@ -274,7 +290,8 @@ class Hosts:
         events: list[ev.Event] = []
         for held in [held for held in self._lives.values() if held.process is process]:
             was_over = held.over
-            self._over(held)
+            if not was_over:
+                self._over(held)
             self._drop(held)
             if was_over:
                 continue
@@ -311,16 +328,17 @@ class Hosts:
                     end_unknown(found[host])
         self.adopting = False
         adopted, exits, crashes = [], [], []
-        for report in self._reports.values():
+        for report in list(self._reports.values()):
             kind = _kind_of(report)
             process = await self._processes.adopt(report, kind)
             if kind.light:
                 self._light.setdefault(kind.env, []).append(process)
             for life in report.lives:
-                held = self._lives[life.dot, life.born] = Held(process, life.name, life.dot, life.born)
-                process.lives += 1
+                held = self._hold(process, life.name, life.dot, life.born)
                 if life.state not in ("starting", "running"):
                     self._over(held)
+                if life.state == "released" and life.record is None:
+                    continue  # it has ended, and keeps nothing
                 if life.state == "exited":
                     exits.append((life.name, life.dot))
                 else:

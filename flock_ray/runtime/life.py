@@ -228,6 +228,8 @@ class HostedLife:
             if self.state is not State.STARTING:
                 return  # it is to end already
             self.state = State.RUNNING
+        if self.order.state is not None:
+            self.order = self.order._replace(state=None)  # it has been taken over
         self._host.says(LifeRunning(self.dot, self.born, self._host.host, self._host.address))
 
     def _hatch_failed(self, error: BaseException) -> None:
@@ -276,6 +278,10 @@ class HostedLife:
         if self._withdrawn and (head.caller, order) in self._withdrawn:
             del self._withdrawn[head.caller, order]
             return refusal(f"the call of {self._method_name(head.method)} was withdrawn before it began", "CallTimeout")
+        return self._examined(head)
+
+    def _examined(self, head: Call) -> bytes | None:
+        """Why its method cannot be run."""
         loaded, key = self._loaded, (head.method, head.stream)
         if loaded is not None and key in loaded.allowed:
             return None
@@ -489,6 +495,7 @@ class HostedLife:
             if self.state not in ALIVE:
                 return
             self.state = state
+        self._host.readings.pop_all(self)
         self._say_end()
         self._host.over(self)
 

@@ -33,9 +33,9 @@ class AsyncLife(HostedLife):
 
     __slots__ = ("_idle", "_locks", "_loop", "_made", "_order", "_room", "_running", "_tasks")
 
-    def __init__(self, order: HatchOrder, host: Surroundings) -> None:
+    def __init__(self, order: HatchOrder, host: Surroundings, loop: asyncio.AbstractEventLoop | None = None) -> None:
         super().__init__(order, host)
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop if loop is not None else asyncio.get_running_loop()
         self._order = LoopOrder()
         self._room = asyncio.Semaphore(interleaved(order.spec.options))  # first come, first served
         self._running: dict[object, asyncio.Task[Any] | None] = {}  # by call id or timer entry

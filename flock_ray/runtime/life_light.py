@@ -10,8 +10,10 @@ Birds with `async def` methods are as in a process of their own, on one event lo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -26,6 +28,7 @@ from flock_ray.core.wire import (
     HatchOrder,
     HatchOrders,
     LeaveOrder,
+    LifeCrashed,
     Pull,
     decode,
     decode_call,
@@ -75,6 +78,8 @@ class LightLife(TurnLife):
         if refused is not None:
             return refused
         if self._link in head.chain and not head.cast:
+            with self._host.state_lock:
+                self._line_up(self._arrivals.come(head.caller, order, None)[1:])  # what follows on it does not wait for it
             return self._would_wait_for_itself(head)
         if self._turns.waiting >= self._host.boot.mailbox:
             self.refuse_from(head.caller, order)
@@ -110,8 +115,26 @@ class LightLife(TurnLife):
         text = f"the call would wait for itself: {birds}; use cast, or make the methods of {self.name!r} async def"
         return refusal(text, "CallCycle")
 
-    def _line_up(self, messages: Sequence[Message]) -> None:
+    def begin_cast(self, head: Call) -> bytes:
+        """Begins a cast of a `CallMany`, if the bird is idle: `run_begun` has to follow. Else its caller is to send it by itself."""
+        refused = self._at_the_door(head, 0)
+        if refused is not None:
+            return refused
+        return b"" if self._turns.try_enter() else FULL
+
+    def run_begun(self, head: Call, body: memoryview) -> None:
+        """Runs a cast that has begun, and ends its turn."""
+        self._host.recorder.note(self.dot)
+        try:
+            if self._host.may_run() and self._examined(head) is None:
+                self._run(head, body, ())
+        finally:
+            self._turns.leave()
+
+    def _line_up(self, messages: Sequence[Message | None]) -> None:
         for message in messages:
+            if message is None:
+                continue  # it was answered already
             self._turns.enter_later(partial(self._host.run_soon, partial(self._recorded, self._answer_later, message)))
 
     def _give_up(self, caller: str, order: int) -> None:
@@ -141,13 +164,17 @@ class LightLife(TurnLife):
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """While a method of the bird waits for a call it has made: its thread is not counted."""
-        self._host.recorder.clear()
+        recorder = self._host.recorder
+        if recorder.noted() != self.dot:  # it waits already, or this is a thread of the bird's own
+            yield
+            return
+        recorder.clear()
         self._host.widen(1)
         try:
             yield
         finally:
             self._host.widen(-1)
-            self._host.recorder.note(self.dot)
+            recorder.note(self.dot)
 
     def begin(self) -> None:
         """Has it hatched; returns at once."""
@@ -201,7 +228,7 @@ class LightLife(TurnLife):
     # The end
 
     def _begin_end(self, reason: str) -> None:
-        self._turns.enter_later(partial(self._in_pool, self._run_end, reason))
+        self._turns.enter_later(partial(self._host.run_first, partial(self._do, self._run_end, reason)))
 
     def _run_end(self, reason: str) -> None:
         try:
@@ -224,7 +251,9 @@ class Batch:
         self._lock = threading.Lock()  # guards what follows
         self._answers: list[tuple[int, bytes]] = []  # not sent yet
         self._size = 0  # of these
+        self._begun: deque[tuple[LightLife, Call, memoryview]] = deque()  # casts that are answered, and not run yet
         self._taken = self._seen = 0
+        self._is_helped = False  # another thread will go on
         self._timer = host.scheduler.add(SLOW, True, self._look)
 
     def run(self) -> bytes | None:
@@ -238,6 +267,16 @@ class Batch:
                 self._answers.append((place, answer))
                 self._size += len(answer)
             self._send(full)
+        if self._begun:
+            with self._lock:
+                taken = self._pop_answers()
+            self._send(taken)  # nobody waits for what he has cast
+            while self._begun:
+                with contextlib.suppress(IndexError):  # another thread was quicker
+                    cast, cast_head, arguments = self._begun.popleft()
+                    self._taken += 1
+                    cast.run_begun(cast_head, arguments)
+        self._timer.cancelled = True
         self._host.recorder.clear()
         with self._lock:
             return self._pop_answers()
@@ -252,15 +291,22 @@ class Batch:
             place, call = next(self._calls, (0, None))
             self._taken += 1
             if call is None:
-                self._timer.cancelled = True
                 return None
         life, method, counter, body = call
         return place, self._host.life_of(Dot(self._lives[life], counter)), self._heads[method], body
 
     def _answer(self, place: int, life: HostedLife | None, head: Call, body: memoryview) -> bytes | None:
+        if isinstance(life, LightLife) and head.cast:
+            answer = life.begin_cast(head)
+            if not answer:
+                self._begun.append((life, head, body))
+            return answer
         if isinstance(life, LightLife):
             response = life.take_one(head, place, body, self._caller, partial(self._late, place))
             return None if response is None else self._host.framed(response)
+        if life is not None and head.cast:
+            self._host.run_on_loop(life, head, place, body, self._caller, _to_nobody)
+            return b""
         if life is not None:
             self._host.run_on_loop(life, head, place, body, self._caller, partial(self._late, place))
             return None
@@ -283,13 +329,20 @@ class Batch:
             held_up = self._taken == self._seen
             self._seen = self._taken
             answers = self._pop_answers() if held_up else None
+            helps = held_up and not self._is_helped
+            self._is_helped = self._is_helped or helps
         self._send(answers)
-        if held_up:
+        if helps:
             self._host.run_soon(self._go_on)
 
     def _go_on(self) -> tuple[Caller, int, bytes] | None:
+        self._is_helped = False
         answers = self.run()
         return None if answers is None else (self._caller, self._number, answers)
+
+
+def _to_nobody(response: Response) -> None:
+    """What a cast is answered."""
 
 
 class LightAsyncLife(AsyncLife):
@@ -297,6 +350,9 @@ class LightAsyncLife(AsyncLife):
 
     __slots__ = ()
     _host: LightHost
+
+    def _begin(self) -> None:
+        self._spawn(self.hatch())
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         super()._spawn(self._host.recorded(self, work))
@@ -327,6 +383,11 @@ class LightHost(AsyncHost):
         if self._listener is not None:
             self._listener.post(work)
 
+    def run_first(self, work: Work) -> None:
+        """Has something done before all that waits: what ends a bird must not wait for those that block."""
+        if self._listener is not None:
+            self._listener.post_first(work)
+
     def widen(self, slots: int) -> None:
         """So many more birds may run a method at a time."""
         if self._listener is not None:
@@ -354,17 +415,11 @@ class LightHost(AsyncHost):
         if order.sys_path is not self._path:
             extend_path(order.sys_path)
             self._path = order.sys_path
-        if order.spec.is_async:
-            self._loop.call_soon_threadsafe(self._begin_async, order)
-            return
-        life = self.accept(order, LightLife)
+        life = self.accept(order, partial(LightAsyncLife, loop=self._loop) if order.spec.is_async else LightLife)
         if isinstance(life, LightLife):
             life.begin()
-
-    def _begin_async(self, order: HatchOrder) -> None:
-        life = self.accept(order, LightAsyncLife)
-        if isinstance(life, LightAsyncLife):
-            life._spawn(life.hatch())
+        elif isinstance(life, LightAsyncLife):
+            self._loop.call_soon_threadsafe(life._begin)
 
     def accept(self, head: HatchOrder | None, make: Callable[[HatchOrder, Any], HostedLife]) -> HostedLife | None:
         """The life to hatch; `None` if it must not be."""
@@ -372,7 +427,10 @@ class LightHost(AsyncHost):
             return None
         with self._lock:
             before = self._lives.get(head.dot)
-            if (before is not None and before.state in ALIVE) or (self._never and (head.dot, head.born) in self._never):
+            if self._never and (head.dot, head.born) in self._never:
+                return None
+            if before is not None and before.state in ALIVE:
+                self.says(LifeCrashed(head.dot, head.born, "an earlier life of it has not ended here"))
                 return None
             if before is not None:
                 self._kept[before.dot, before.born] = before
@@ -404,6 +462,7 @@ class LightHost(AsyncHost):
             self.scheduler.add(FORGOTTEN, False, lambda _: self._forget_exit(life))
         elif life.state is State.CRASHED or not life.has_record:
             self._drop(life)
+            self._kept.pop((life.dot, life.born), None)
 
     def _forget_exit(self, life: HostedLife) -> None:
         self._drop(life)

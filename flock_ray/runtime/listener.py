@@ -215,6 +215,20 @@ class Listener:
         self._mailbox.append(work)
         self.ring()
 
+    def post_first(self, work: Work) -> None:
+        """Has something done before all that waits, and besides what runs already."""
+
+        def do() -> tuple[Caller, int, Answered] | None:
+            try:
+                return work()
+            finally:
+                self.widen(-1)
+
+        with self._lock:
+            self._slots += 1
+        self._mailbox.appendleft(do)
+        self.ring()
+
     def ring(self) -> None:
         """There may be something to do, or room for it."""
         os.eventfd_write(self._bell, 1)
@@ -317,7 +331,7 @@ class Listener:
             if self._began != began:
                 return
             answers, self._answers = self._answers, Answers()
-            self._leader = 0
+            leader, self._leader = self._leader, 0
             self._began = 0.0
             waits = self._followers > 0
             if waits:
@@ -325,8 +339,13 @@ class Listener:
             self.send(answers)  # of quick methods before the slow one; under the lock, for the slow one may be about to answer more
         if waits:
             self._baton.release()
-        else:
+            return
+        try:
             threading.Thread(target=self._work, args=(True,), name="flock_ray reader", daemon=True).start()
+        except RuntimeError:  # no more threads are to be had: who leads goes on, and the watchdog tries again
+            with self._lock:
+                self._leader, self._began = leader, began
+            raise
 
     def _work(self, leads: bool) -> None:
         while True:

@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+CALLERS_OF_A_LIGHT_BIRD = 1_000
 T = TypeVar("T")
 _NOBODY: dict[str, int] = {}  # of whoever has none yet; never written to
 _NOTHING: dict[str, dict[int, Any]] = {}
@@ -183,9 +184,10 @@ class Arrivals:
         return self._follow(caller)
 
     def _note(self, caller: str, following: int) -> None:
+        self._next.pop(caller, None)
         self._next[caller] = following
-        if len(self._next) > CALLERS:
-            del self._next[next(iter(self._next))]
+        if len(self._next) > CALLERS_OF_A_LIGHT_BIRD:
+            del self._next[next(iter(self._next))]  # who has called least lately
 
     def _follow(self, caller: str) -> list[Any]:
         early, at = self._early[caller], self._next[caller]

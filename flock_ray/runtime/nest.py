@@ -83,6 +83,7 @@ class Nest:
         self._flush_timer: asyncio.TimerHandle | None = None
         self._wake: asyncio.TimerHandle | None = None
         self._booted = asyncio.Event()
+        self._early: list[ev.Event] = []
         self._ready = asyncio.Event()
         self._ending = False
         self._log_lines = LogLines(logger)
@@ -136,9 +137,12 @@ class Nest:
         mine = node if node is not None else cluster.Node(self._node, ip, 0, (), ())
         booted = ev.Booted(cluster.node_record(life, mine, self._members.address), tuple(adopted), tuple(exits))
         self._handle(booted)
+        self._booted.set()
+        early, self._early = self._early, []
+        if early:
+            self._handle(*early)
         for crash in crashes:
             self._handle(crash)
-        self._booted.set()
         self._hosts.begin_spares()
         await self._in_thread(cluster.put_address, self._record.life, self._node, self._members.address)
         logger.info("nest %s of flock %r is up, with %d adopted birds", life, self._record.flock, len(adopted))
@@ -231,8 +235,11 @@ class Nest:
     # Events in, effects out
 
     def _handle(self, *events: ev.Event) -> None:
+        if self._ending:  # a flock that ends hatches nothing any more
+            return
         registry = self._registry
-        if registry is None or self._ending:  # a flock that ends hatches nothing any more
+        if registry is None or not (self._booted.is_set() or isinstance(events[0], ev.Booted)):
+            self._early += events  # of hosts that are adopted, above all
             return
         for effect in registry.handle_all(events, time.monotonic()):
             getattr(self, f"_do_{type(effect).__name__}")(effect)
@@ -301,7 +308,7 @@ class Nest:
         self._loop.call_soon(self._hosts.end, effect)  # not now: it may answer at once, in the middle of these effects
 
     def _do_Kill(self, effect: do.Kill) -> None:
-        self._hosts.kill(effect)
+        self._loop.call_soon(self._hosts.kill, effect)  # not now: as above
 
     def _do_Raise(self, effect: do.Raise) -> None:
         self._hosts.raise_incarnation(effect)
@@ -446,7 +453,7 @@ class Nest:
                 break
         refused: dict[int, ev.Outcome] = {}
         if missing:
-            asked = tuple(ev.Locate(uuid.uuid4().hex, names[place], "running", timeout) for place in missing)
+            asked = tuple(ev.Locate(uuid.uuid4().hex, names[place], "running", max(0.0, until - self._loop.time())) for place in missing)
             outcomes = await self._outcomes(asked)
             places, rows = readings.routes(registry, names)
             refused = {place: outcome for place, outcome in zip(missing, outcomes, strict=True) if rows[place] is None}

@@ -20,7 +20,7 @@ import ray
 from ray.actor import ActorHandle
 
 from flock_ray.core import wire
-from flock_ray.core.connection import CONTROL
+from flock_ray.core.connection import CONTROL, LONGEST
 from flock_ray.runtime import cluster
 from flock_ray.runtime.cluster import FlockLife
 from flock_ray.runtime.host import HostBoot
@@ -28,7 +28,7 @@ from flock_ray.runtime.listener import socket_path
 from flock_ray.runtime.peers import Wires
 from flock_ray.runtime.recorder import recorder_path
 from flock_ray.runtime.tether import pid_path
-from flock_ray.specs import Life, Options, Spec
+from flock_ray.specs import Dot, Life, Options, Spec
 
 InThread = Callable[..., Awaitable[Any]]
 FILL = 1.0  # seconds until a spare that was taken is replaced: its bird starts first
@@ -61,10 +61,12 @@ class Process:
     pid: int = 0
     pidfd: int = -1
     ready: bool = False  # it has been given its first order, or can take lives
-    lives: int = 0  # those it holds; a spare has none
+    lives: int = 0  # of which it keeps something; a spare has none
+    alive: int = 0  # of these, those that have not ended
+    stuck: int = 0  # of these, those that do not end
     condemned: bool = False  # it gets no more lives: a bird that does not return is in it
     killed_for: str = ""
-    hatches: list[wire.HatchOrder] = field(default_factory=list)  # not given to it yet
+    hatches: dict[tuple[Dot, int], wire.HatchOrder] = field(default_factory=dict)  # not given to it yet
 
 
 class Processes:
@@ -201,20 +203,21 @@ class Processes:
         if not process.kind.light:
             self.order(process, order)
             return
-        process.hatches.append(order)
+        process.hatches[order.dot, order.born] = order
         if len(process.hatches) == 1:
             asyncio.get_running_loop().call_soon(self.flush, process)
 
     def flush(self, process: Process) -> None:
         if not process.ready or not process.hatches:
             return
-        orders, process.hatches = process.hatches, []
-        for chunk in wire.chunks(orders):
+        orders, process.hatches = process.hatches, {}
+        for chunk in wire.chunks(orders.values()):
             self.order(process, wire.HatchOrders(chunk))
 
     def order(self, process: Process, order: object) -> None:
         packed, path = wire.encode(order), socket_path(self.directory, process.pid)
-        if not (process.pid and path.exists() and self._wires.send(process.host, path, CONTROL, packed)):
+        # What is long goes by Ray. An end may overtake it then: a host does not begin what was to end before it came.
+        if not (process.pid and len(packed) <= LONGEST and path.exists() and self._wires.send(process.host, path, CONTROL, packed)):
             self._order_by_ray(process.host, packed)
 
     def _order_by_ray(self, host: str, order: bytes) -> None:
@@ -245,7 +248,8 @@ class Processes:
             return
         process.killed_for = process.killed_for or why
         if process.pidfd >= 0:
-            signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
         elif process.handle is not None:
             self._task(self._kill_unseen(process))
 

@@ -40,12 +40,18 @@ class Recorder:
 
     def note(self, dot: Dot) -> None:
         """The code of this bird runs in this thread from now on."""
+        self._mine.dot = dot
         _ENTRY.pack_into(self._map, self._place(), dot.counter, dot.life.number & 0xFFFFFFFFFFFFFFFF)
 
     def clear(self) -> None:
         """No bird's code runs in this thread any more."""
+        self._mine.dot = None
         place = self._place()
         self._map[place : place + _ENTRY.size] = _NOTHING
+
+    def noted(self) -> Dot | None:
+        """Whose code runs in this thread."""
+        return getattr(self._mine, "dot", None)
 
     def _place(self) -> int:
         try:

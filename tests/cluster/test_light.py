@@ -46,6 +46,16 @@ class Room:
         self.n = n
 
 
+class Heavy(Room):
+    """Hands over more than fits into a frame."""
+
+    def hand_over(self):
+        return self.n, bytes(5_000_000)
+
+    def take_over(self, state):
+        self.n = state[0]
+
+
 class Poisonous(Room):
     """Kills its process whenever it is made."""
 
@@ -127,6 +137,15 @@ def test_ones_own_writes_are_seen(flyground, name):
     assert not flock_ray.birds(prefix=f"{name}/")
 
 
+def test_a_name_that_was_stopped_is_free_at_once(flyground, name):
+    names = [f"{name}/{n}" for n in range(300)]
+    for batch in range(4):
+        LIGHT.start_many([(one, Room, (batch,)) for one in names])
+        assert flock_ray.call_many([(one, "add", (0,)) for one in names], timeout=60) == [batch] * len(names)
+        flock_ray.stop_many(names)
+    flock_ray.wait(names, "gone", timeout=60)
+
+
 def neighbours(name, cls=Room, number=60):
     """Light birds that share a process, and the process."""
     names = [f"{name}/{n}" for n in range(number)]
@@ -164,7 +183,7 @@ def test_one_that_kills_its_process_again_and_again_fails_and_its_neighbours_go_
 
 
 def test_one_that_does_not_return_is_ended_after_its_neighbours_have_left(flyground, name):
-    together, pid = neighbours(name)
+    together, pid = neighbours(name, Heavy, 30)
     flock_ray.call_many([(one, "add", (n,)) for n, one in enumerate(together)])
     flock_ray.cast(together[0], "stuck")
     time.sleep(0.3)  # it is

@@ -158,6 +158,7 @@ def test_sockets_of_dead_hosts_are_cleared_away(flyground, name):
     eventually(lambda: not other.exists(), "it is gone with its host")
 
 
+@pytest.mark.own_process("its connection is made anew")
 def test_without_the_secret_nobody_is_heard_and_the_caller_takes_ray(flyground, name, monkeypatch):
     """Here the caller's proofs are wrong: as if it were of another flock, or somebody else had taken the port."""
     flock_ray.start(name, Scribe)
@@ -189,6 +190,7 @@ def test_info_says_which_way_calls_go(flyground, name):
     assert flock_ray.info(name).path == "unix"
 
 
+@pytest.mark.own_process("its connection is made anew")
 def test_calls_go_over_tcp_where_there_is_no_unix_socket(flyground, name):
     """As between machines."""
     bird = flock_ray.start(name, Scribe)
@@ -306,6 +308,7 @@ def fresh_client():
     cluster._hosts.clear()
 
 
+@pytest.mark.own_process("a light one runs without the head")
 def test_what_callers_do_needs_no_head(flyground, name):
     """C6. The head's process is stopped: whoever asks it would wait for ever."""
     known = flock_ray.start((name, "known"), Scribe)

@@ -103,13 +103,7 @@ class Many(Pair):
         self.wire = wire
 
     def hatch(self, cls, names, born=1, **kwargs):
-        code = cloudpickle.dumps(cls)
-        is_async = any(asyncio.iscoroutinefunction(getattr(cls, name)) for name in dir(cls))
-        brought = '{"async": true}' if is_async else '{"async": false}'
-        spec = Spec("m", cls.__qualname__, cls.__qualname__, pickle.dumps(((), kwargs)), Options(light=True), brought, Stamp(0, 0), "r")
-        orders = [HatchOrder("default", n, self.dot(n), born, spec, code, 0, 0, None, False) for n in names]
-        for chunk in wire.chunks(orders):
-            self.host.control(encode(HatchOrders(chunk)))
+        is_async = self.hatch_only(cls, names, born, **kwargs)
         wanted = {self.dot(n) for n in names}
         until(lambda: wanted <= {word.dot for word in list(self.nest.words) if isinstance(word, LifeRunning | LifeCrashed)}, "they run")
         for n in names:
@@ -117,6 +111,17 @@ class Many(Pair):
             self.world.routes[n] = route
             self.world.hosts["light:h"] = self.link
             self.client.learn(route, self.link)
+
+    def hatch_only(self, cls, names, born=1, **kwargs):
+        """Has lives begun, and returns."""
+        code = cloudpickle.dumps(cls)
+        is_async = any(asyncio.iscoroutinefunction(getattr(cls, name)) for name in dir(cls))
+        brought = '{"async": true}' if is_async else '{"async": false}'
+        spec = Spec("m", cls.__qualname__, cls.__qualname__, pickle.dumps(((), kwargs)), Options(light=True), brought, Stamp(0, 0), "r")
+        orders = [HatchOrder("default", n, self.dot(n), born, spec, code, 0, 0, None, False) for n in names]
+        for chunk in wire.chunks(orders):
+            self.host.control(encode(HatchOrders(chunk)))
+        return is_async
 
     @staticmethod
     def dot(n):
@@ -484,5 +489,64 @@ def test_a_host_without_doors_runs_its_birds_all_the_same(tmp_path, monkeypatch)
         assert made.host.address == ""
         assert made.many([(n, "add", n) for n in range(5)]) == list(range(5))
         assert not any(name.endswith(".sock") for name in os.listdir(tmp_path))
+    finally:
+        made.close()
+
+
+def test_a_bird_that_hangs_costs_only_its_own_call_wherever_the_others_are(many, tmp_path):
+    other = Many(tmp_path / "other", birds=0)
+    try:
+        other.hatch(Counter, range(100, 140))
+        for n in range(100, 140):
+            route = Route(n, many.dot(n), 1, "node", "light:other", other.host.address)
+            many.world.routes[n], many.world.hosts["light:other"] = route, other.link
+            many.client.learn(route, other.link)
+        outcomes = many.many([(0, "hold"), *((n, "add") for n in range(1, 50)), *((n, "add") for n in range(100, 140))], timeout=0.5)
+        assert isinstance(outcomes[0], errors.CallTimeout)
+        assert outcomes[1:] == [1] * 89
+    finally:
+        other.close()
+
+
+def test_a_cast_to_a_busy_bird_is_waited_for_by_nobody(many):
+    held = many.client.future(0, None, "hold", (), {}, 10.0, False)
+    until(lambda: many.lives()[many.dot(0)]._turns.busy, "it is held up")
+    began = time.monotonic()
+    assert many.many([(n, "add") for n in range(50)], cast=True) == [None] * 50
+    assert many.many([(n, "hold") for n in range(1, 10)], cast=True) == [None] * 9
+    assert time.monotonic() - began < 2.0
+    Counter.go.set()
+    held.result(5)
+    assert many.many([(n, "add") for n in range(50)]) == [2] * 50
+
+
+def test_a_bird_is_stopped_while_others_block_all_threads(tmp_path):
+    made = Many(tmp_path, birds=5, threads=2)
+    try:
+        Counter.go.clear()
+        for n in range(4):
+            made.client.cast(n, None, "hold", (), {})
+        until(lambda: made.host._listener._running == 2, "all threads are taken")
+        made.host.control(encode(wire.EndOrder(made.dot(4), 1, "moved", True, 5.0)))
+        ended = wire.LifeEnded(made.dot(4), 1, pickle.dumps(0, 5), True)
+        until(lambda: ended in list(made.nest.words), "it has ended, and handed over")
+    finally:
+        Counter.go.set()
+        made.close()
+
+
+@pytest.mark.parametrize("cls", [Counter, Waiter])
+def test_what_is_ended_before_it_has_begun_never_begins(tmp_path, cls):
+    made = Many(tmp_path, cls, birds=0, is_async=cls is Waiter)
+    try:
+        for n in range(200):
+            made.host.control(encode(wire.EndOrder(made.dot(n), 1, "stopped", False, 5.0)))
+        made.hatch_only(cls, range(200))
+        made.hatch(cls, [500])
+        assert set(made.lives()) == {DOT, made.dot(500)}
+        made.hatch_only(cls, range(600, 700))
+        for n in range(600, 700):
+            made.host.control(encode(wire.EndOrder(made.dot(n), 1, "stopped", False, 5.0)))
+        until(lambda: set(made.lives()) == {DOT, made.dot(500)}, "those that had begun have ended")
     finally:
         made.close()
