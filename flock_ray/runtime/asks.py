@@ -115,11 +115,7 @@ class Asks:
     ) -> list[ev.Accepted | BaseException]:
         """Starts many; the error of each that was not accepted is in its place."""
         events = [ev.Start(spec.request_id, name, spec, code, wall) for name, spec, code in starts]
-        if self._clock() - self._stopped_at < TOLD:  # the nest of this node knows of these stops
-            groups: list[tuple[NestLink | None, list[int]]] = [(None, list(range(len(events))))]
-        else:
-            groups = await self._owners.of([event.name for event in events])
-        outcomes = await self._ask_many(events, groups, until, came)
+        outcomes = await self._ask_many(events, await self._nests_of([event.name for event in events]), until, came)
         for outcome in outcomes:
             if isinstance(outcome, Dot) and outcome.counter > self._unseen.get(outcome.life, 0):
                 self._unseen[outcome.life] = outcome.counter
@@ -142,6 +138,12 @@ class Asks:
         outcomes = await self._ask_many(events, [(None, list(range(len(events))))], until, came)
         return [None if isinstance(one, ev.Done) else self._error(one, event.name) for event, one in zip(events, outcomes, strict=True)]
 
+    async def _nests_of(self, names: Sequence[Name]) -> list[tuple[NestLink | None, list[int]]]:
+        """Whom to ask about the names, by their places: this node's (`None`) while only it may know what this process stopped (C3)."""
+        if self._clock() - self._stopped_at < TOLD:
+            return [(None, list(range(len(names))))]
+        return await self._owners.of(names)
+
     async def routes(self, names: Sequence[Name], until: float) -> AsyncIterator[tuple[Sequence[Name], ev.Routes]]:
         """Where birds can be called, part by part, as parts come; waits for those that do not run yet, some seconds at most."""
         patience = min(PATIENCE, max(0.0, until - self._clock()))
@@ -152,7 +154,7 @@ class Asks:
 
         tasks = [
             asyncio.ensure_future(part(nest, [names[place] for place in places]))
-            for nest, there in await self._owners.of(names)
+            for nest, there in await self._nests_of(names)
             for places in _parts(there)
         ]
         for task in asyncio.as_completed(tasks):

@@ -139,7 +139,7 @@ def test_ones_own_writes_are_seen(flyground, name):
 
 def test_a_name_that_was_stopped_is_free_at_once(flyground, name):
     names = [f"{name}/{n}" for n in range(300)]
-    for batch in range(4):
+    for batch in range(8):
         LIGHT.start_many([(one, Room, (batch,)) for one in names])
         assert flock_ray.call_many([(one, "add", (0,)) for one in names], timeout=60) == [batch] * len(names)
         flock_ray.stop_many(names)
