@@ -27,15 +27,17 @@ LIGHT = os.environ.get("FLOCK_RAY_TEST_LIGHT") == "1"  # as above: all birds are
 WIRE = os.environ.get("FLOCK_RAY_TEST_WIRE", "auto")  # scripts/test runs these tests over sockets, and over Ray
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The same tests run over both kinds of birds, but those that are about a bird's own process: `own_process` says why."""
+    own = [item for item in items if LIGHT and item.get_closest_marker("own_process")]
+    config.hook.pytest_deselected(items=own)
+    items[:] = [item for item in items if item not in own]
+
+
 @pytest.fixture(autouse=True)
-def hosting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same tests over both kinds of birds; `own_process` says why one is about a bird's own process."""
-    if not LIGHT:
-        return
-    own = request.node.get_closest_marker("own_process")
-    if own is not None:
-        pytest.skip(f"only with a process of its own: {own.args[0]}")
-    monkeypatch.setattr("flock_ray.api.options.Options", functools.partial(Options, light=True))
+def hosting(monkeypatch: pytest.MonkeyPatch) -> None:
+    if LIGHT:
+        monkeypatch.setattr("flock_ray.api.options.Options", functools.partial(Options, light=True))
 
 
 def eventually(condition: Callable[[], Any], what: str, deadline: float = DEADLINE) -> Any:
