@@ -23,6 +23,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -171,7 +172,7 @@ def measure(nodes: int, birds: int, rounds: int, cold: bool) -> dict[str, Any]:
                 result["bytes of a bird"] = (memory() - before) / birds
                 result["birds of a node"] = dict(Counter(info.node_id for info in flock_ray.birds()))
             calls = [(name, "here") for name in names]
-            result["calls"] += [birds / seconds(lambda calls=calls: flock_ray.call_many(calls)) for _ in range(3)]  # type: ignore[misc]
+            result["calls"] += [birds / seconds(partial(flock_ray.call_many, calls)) for _ in range(3)]
         bird, actor = LIGHT.start("one", Counting), ray.remote(Counting).options(num_cpus=0).remote()
         bird.add(1), ray.get(actor.add.remote(1))
         result["one"] = one_call(bird, actor)

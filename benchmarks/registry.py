@@ -28,6 +28,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -142,7 +143,7 @@ class Cluster:
                 if to not in self.nests:
                     continue
                 reading = letters.unpack(packed, to)
-                while (envelope := self.costs.of(what, lambda reading=reading: next(reading, None))) is not None:  # type: ignore[misc]
+                while (envelope := self.costs.of(what, partial(next, reading, None))) is not None:
                     if self.kept is not None and not isinstance(envelope.body, msg.BarrierAsk | msg.BarrierAnswer):
                         self.kept.append((to, envelope))
                     else:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from flock_ray.api.bird import Bird, check_method, check_timeout
+from flock_ray.api.bird import Bird, check_timeout
 from flock_ray.api.options import methods, resolve, unwrap
 from flock_ray.api.requests import Requests
 from flock_ray.api.starting import fill, make_template
@@ -156,13 +156,6 @@ class Batches(Requests):
             raise TypeError(f"{text}: use Flock({name._flock!r}).{what}")
         return name._name, name._dot
 
-    def _method_text(self, method: object, name: Name | None) -> str:
-        text = method if isinstance(method, str) else getattr(method, "__name__", None)
-        if not isinstance(text, str) or not (isinstance(method, str) or callable(method)):
-            raise TypeError(f"a method is given by its name or as Class.method, not as {type(method).__name__}: {method!r}")
-        check_method(text, name)
-        return text
-
     def _made(
         self,
         client: Client,
@@ -182,8 +175,6 @@ class Batches(Requests):
         with shown(what, len(requests), progress) as came:
             batch = Batch(client, requests, until, retry, cast, came, lanes)
             outcomes = batch.run()
-        for place, error in batch.failed.items():
-            outcomes[place] = error
         return outcomes, [batch.failed[place] for place in sorted(batch.failed)]
 
 

@@ -93,11 +93,14 @@ class Requests:
 
     def _call_target(self, name: object, method: object) -> tuple[Client, Name, Dot | None, str]:
         client, plain, dot = self._target(name)
+        return client, plain, dot, self._method_text(method, plain)
+
+    def _method_text(self, method: object, name: Name | None) -> str:
         text = method if isinstance(method, str) else getattr(method, "__name__", None)
         if not isinstance(text, str) or not (isinstance(method, str) or callable(method)):
             raise TypeError(f"a method is given by its name or as Class.method, not as {type(method).__name__}: {method!r}")
-        check_method(text, plain)
-        return client, plain, dot, text
+        check_method(text, name)
+        return text
 
     def _until(self, client: Client, timeout: float | Default | None) -> float:
         checked = check_timeout(timeout)

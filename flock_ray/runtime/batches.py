@@ -78,12 +78,12 @@ class Batch:
         self._cast = cast
         self._came = came
         self._outcomes: list[Any] = [None] * len(requests)
-        self._failed: dict[int, BaseException] = {}
+        self.failed: dict[int, BaseException] = {}
         self._bodies: dict[int, bytes] = {}
         self._chain = inside.current_chain() if not cast else ()
 
     def run(self) -> list[Any]:
-        """Makes the calls. Returns results and exceptions, in order: `failed` tells them apart."""
+        """Makes the calls. Returns results and exceptions, in order; `failed` has the latter by their places."""
         with inside.waiting():
             together, alone = self._sort()
             ways = self._ways([self._requests[place].name for place in together])
@@ -96,12 +96,9 @@ class Batch:
             except BaseException:  # an interrupt
                 self._take_back(sent, flying)
                 raise
+        for place, error in self.failed.items():
+            self._outcomes[place] = error
         return self._outcomes
-
-    @property
-    def failed(self) -> dict[int, BaseException]:
-        """The errors, by place."""
-        return self._failed
 
     def _sort(self) -> tuple[list[int], list[int]]:
         """The places of those that may go together, and of those that must keep an order."""
@@ -308,7 +305,7 @@ class Batch:
         return error
 
     def _fail(self, place: int, error: BaseException) -> None:
-        self._failed[place] = error
+        self.failed[place] = error
 
     # One by one
 

@@ -74,7 +74,7 @@ class Hosts:
         self._kept: dict[Dot, list[Held]] = {}  # those that are over
         self._light: dict[str, list[Process]] = {}  # by runtime_env
         self._deaths: list[float] = []  # of processes for light birds, lately
-        self.light_hosts = record.config.light_hosts or 1
+        self._light_hosts = record.config.light_hosts or 1
         self._reports: dict[str, wire.HostReport] = {}
         self._expected: set[str] = set()
         self._reported = asyncio.Event()
@@ -83,7 +83,7 @@ class Hosts:
     def begin(self, life: Life, cpus: float) -> None:
         """This is the nest's life, on a node with so many CPUs."""
         self._processes.life = life
-        self.light_hosts = self._record.config.light_hosts or max(1, int(cpus))
+        self._light_hosts = self._record.config.light_hosts or max(1, int(cpus))
 
     def begin_spares(self) -> None:
         self._processes.begin_spares()
@@ -114,7 +114,7 @@ class Hosts:
     def _light_host(self, kind: Kind) -> Process:
         """The one with the fewest birds; or another, while there are not enough and all are crowded."""
         hosts = self._light[kind.env] = [one for one in self._light.get(kind.env, ()) if self._takes_more(one)]
-        if len(hosts) < self.light_hosts and all(one.lives >= CROWD for one in hosts):
+        if len(hosts) < self._light_hosts and all(one.lives >= CROWD for one in hosts):
             hosts.append(self._processes.new(kind, Options(), None))
         return min(hosts, key=lambda one: one.lives)
 
@@ -306,7 +306,7 @@ class Hosts:
         """Seconds to wait before birds are hatched again whose process has died: none at first, more when that happens again and again."""
         now = asyncio.get_running_loop().time()
         self._deaths = [*(at for at in self._deaths if now - at < SOON), now]
-        allowed, config = self.light_hosts, self._record.config
+        allowed, config = self._light_hosts, self._record.config
         again = len(self._deaths) - allowed
         return min(config.backoff_initial * 2.0 ** min(again, 64), config.backoff_max) if again > 0 else 0.0
 
@@ -337,8 +337,10 @@ class Hosts:
                 held = self._hold(process, life.name, life.dot, life.born)
                 if life.state not in ("starting", "running"):
                     self._over(held)
-                if life.state == "released" and life.record is None:
-                    continue  # it has ended, and keeps nothing
+                if life.state == "released" and life.record is None:  # it has ended, and keeps nothing
+                    if kind.light:
+                        self._drop(held)
+                    continue
                 if life.state == "exited":
                     exits.append((life.name, life.dot))
                 else:

@@ -145,6 +145,12 @@ def current_chain() -> tuple[tuple[str, Name], ...]:
     return inside.chain if inside is not None else ()
 
 
+def cycle_text(chain: tuple[tuple[str, Name], ...], me: tuple[str, Name]) -> str:
+    """What `CallCycle` says of a call to a bird, (flock, name), that waits for it."""
+    birds = " -> ".join(repr(name) for _, name in (*chain, me))
+    return f"the call would wait for itself: {birds}; use cast, or make the methods of {me[1]!r} async def"
+
+
 def waiting() -> AbstractContextManager[None]:
     """While this thread waits for something of flock_ray's: a bird that does so has no use of its thread."""
     inside = current.get()

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from flock_ray import errors
 from flock_ray.core import events as ev
 from flock_ray.core import wire
+from flock_ray.runtime.inside import cycle_text
 from flock_ray.runtime.links import Link, Way
 from flock_ray.runtime.pending import FOREVER, Opened, Pending, named_error, open_raw
 from flock_ray.runtime.replies import Down, NoAnswer, Reply, Urgency, answer_of
@@ -151,9 +152,7 @@ class Lane:
         """
         me = (self.client.flock, self.name)
         if me in chain and self._way is not None and not self._way.route.is_async:
-            birds = " -> ".join(repr(name) for _, name in (*chain, me))
-            text = f"the call would wait for itself: {birds}; use cast, or make the methods of {self.name!r} async def"
-            raise errors.CallCycle(text, self.name)
+            raise errors.CallCycle(cycle_text(chain, me), self.name)
 
     def _send(self, message: Pending, way: Way, urgency: Urgency) -> Reply:
         kind = (message.method, message.chain, message.cast, message.stream)

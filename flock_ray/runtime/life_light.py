@@ -37,6 +37,7 @@ from flock_ray.core.wire import (
 )
 from flock_ray.runtime.generators import Reading
 from flock_ray.runtime.host import FORGOTTEN, HostBoot, extend_path, label_output
+from flock_ray.runtime.inside import cycle_text
 from flock_ray.runtime.life import ALIVE, FULL, MOVED, HostedLife, Response, State, refusal
 from flock_ray.runtime.life_async import AsyncHost, AsyncLife
 from flock_ray.runtime.life_sync import TurnLife
@@ -111,9 +112,7 @@ class LightLife(TurnLife):
         return None
 
     def _would_wait_for_itself(self, head: Call) -> bytes:
-        birds = " -> ".join(repr(name) for _, name in (*head.chain, self._link))
-        text = f"the call would wait for itself: {birds}; use cast, or make the methods of {self.name!r} async def"
-        return refusal(text, "CallCycle")
+        return refusal(cycle_text(head.chain, self._link), "CallCycle")
 
     def begin_cast(self, head: Call) -> bytes:
         """Begins a cast of a `CallMany`, if the bird is idle: `run_begun` has to follow. Else its caller is to send it by itself."""
@@ -237,7 +236,7 @@ class LightLife(TurnLife):
             self._turns.leave()
 
 
-class Batch:
+class ManyCalls:
     """Calls of many birds that came together. One thread runs those it can at once; while it is held up by one, another goes on.
 
     Args:
@@ -477,7 +476,7 @@ class LightHost(AsyncHost):
         head, order, body = decode_call(message)
         life: HostedLife | None
         if isinstance(head, CallMany):
-            return Batch(self, caller, number, head, body).run()
+            return ManyCalls(self, caller, number, head, body).run()
         if isinstance(head, Pull):
             reading = self.readings.get((head.caller, head.order))
             life = reading.life if reading is not None else None

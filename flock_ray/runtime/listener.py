@@ -224,10 +224,8 @@ class Listener:
             finally:
                 self.widen(-1)
 
-        with self._lock:
-            self._slots += 1
         self._mailbox.appendleft(do)
-        self.ring()
+        self.widen(1)
 
     def ring(self) -> None:
         """There may be something to do, or room for it."""

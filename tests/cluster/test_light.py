@@ -47,10 +47,15 @@ class Room:
 
 
 class Heavy(Room):
-    """Hands over more than fits into a frame."""
+    """Can hand over more than fits into a frame."""
+
+    size = 0
+
+    def fatten(self):
+        self.size = 5_000_000
 
     def hand_over(self):
-        return self.n, bytes(5_000_000)
+        return self.n, bytes(self.size)
 
     def take_over(self, state):
         self.n = state[0]
@@ -185,6 +190,7 @@ def test_one_that_kills_its_process_again_and_again_fails_and_its_neighbours_go_
 def test_one_that_does_not_return_is_ended_after_its_neighbours_have_left(flyground, name):
     together, pid = neighbours(name, Heavy, 30)
     flock_ray.call_many([(one, "add", (n,)) for n, one in enumerate(together)])
+    flock_ray.call(together[2], "fatten")
     flock_ray.cast(together[0], "stuck")
     time.sleep(0.3)  # it is
     assert flock_ray.call(together[1], "add") == 2, "its neighbours are not held up"

@@ -217,12 +217,12 @@ class World:
         wake = nest.wake_at()
         if wake < float("inf"):
             delay = max((wake - self.clock(node)) / node.rate, 0.0) + 1e-3
-            if not hasattr(nest, "woken") or nest.woken > self.time + delay or nest.woken <= self.time:  # type: ignore[attr-defined]
-                nest.woken = self.time + delay  # type: ignore[attr-defined]
+            if not hasattr(nest, "woken") or nest.woken > self.time + delay or nest.woken <= self.time:  # type: ignore[attr-defined]  # the simulation's own note
+                nest.woken = self.time + delay  # type: ignore[attr-defined]  # the simulation's own note
                 self.at(delay, lambda: self._tick(node, nest))
 
     def _tick(self, node: Node, nest: Registry) -> None:
-        if node.nest is nest and nest.woken <= self.time:  # type: ignore[attr-defined]
+        if node.nest is nest and nest.woken <= self.time:  # type: ignore[attr-defined]  # the simulation's own note
             self.handle(node, ev.Tick())
 
     def _watch(self, node: Node, nest: Registry) -> None:
