@@ -40,7 +40,7 @@ from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import letters, wire
 from flock_ray.core import messages as msg
-from flock_ray.core.registry import Registry
+from flock_ray.core.registry import BURST, Registry
 from flock_ray.core.replica import RECORDS, Content, Replica
 from flock_ray.core.sync import Sync
 from flock_ray.specs import Dot, Life, Name, NodeRecord, Options, Spec, Stamp, Status
@@ -183,7 +183,7 @@ class Cluster:
                 self._start(owner, batches.pop(owner))
         for owner, batch in batches.items():
             self._start(owner, batch)
-        self.now += 0.05
+        self.now += BURST  # what was gathered is told
         self.tick()
 
     def _start(self, owner: Life, batch: list[ev.Event]) -> None:
