@@ -43,12 +43,12 @@ def spares():
 
 
 def settled(number):
-    """The spares, when so many are there, and the hosts of birds that were stopped have gone."""
+    """The spares, when at least so many are there, and the hosts of birds that were stopped have gone."""
     seen = [set(), 0.0]
 
     def same():
         now = spares()
-        if now != seen[0] or len(now) != number:
+        if now != seen[0] or len(now) < number:
             seen[:] = now, time.monotonic()
         return time.monotonic() - seen[1] > 3 and now
 
