@@ -227,7 +227,7 @@ def measure_death(cluster: Cluster) -> dict[str, Any]:
     del cluster.nests[dead]
     cluster.costs, cluster.kept, begin = Costs(), [], cluster.now
     for life in list(cluster.nests):
-        cluster.take(life, [ev.MemberDead(dead), ev.NodeProbed(dead, up=False)], "death")
+        cluster.take(life, [ev.MemberDead(dead), ev.NodeProbed(dead, "refused")], "death")
     while sum(map(len, cluster.hatched.values())) < lost:
         assert cluster.now < begin + 30, "birds were not hatched again"
         cluster.settle(0.02, "death")

@@ -269,20 +269,23 @@ class Desk:
                     nest.send(status.life, msg.LookUp(waiter.name))
 
     def _give_up(self, waiter: Waiter) -> None:
-        winner = self._nest.replica.winner(waiter.name)
+        if self._nest.replica.winner(waiter.name) is None and self._nest.membership.ready and waiter.wanted != "gone":
+            self._finish_unknown(waiter)
+        else:
+            self._finish(waiter, self.too_late(waiter.name, waiter.wanted))
+
+    def too_late(self, name: Name, wanted: str) -> ev.Refused:
+        """What is to be said of a bird that did not become what was wanted in time."""
+        winner = self._nest.replica.winner(name)
         detail, state = "", "unknown here"
         if winner is not None:
             status = winner[1].status
             state = status.state if status is not None else "pending"
-            reason = (status.reason if status is not None else "") or self._nest.membership.placement.reason(waiter.name)
+            reason = (status.reason if status is not None else "") or self._nest.membership.placement.reason(name)
             state += f" ({reason})" if reason and state == "pending" else ""
             detail = status.error if status is not None else ""
-        elif self._nest.membership.ready and waiter.wanted != "gone":
-            self._finish_unknown(waiter)
-            return
-        wish = {"stop": "could not be stopped", "restart": "could not be restarted"}.get(waiter.wanted, f"was not {waiter.wanted}")
-        text = f"bird {waiter.name!r} {wish} in time: it is {state}"
-        self._finish(waiter, ev.Refused("CallTimeout", text, waiter.name, detail))
+        wish = {"stop": "could not be stopped", "restart": "could not be restarted"}.get(wanted, f"was not {wanted}")
+        return ev.Refused("CallTimeout", f"bird {name!r} {wish} in time: it is {state}", name, detail)
 
     def _finish(self, waiter: Waiter, outcome: ev.Outcome) -> None:
         self.cancel(waiter.request)

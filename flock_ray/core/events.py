@@ -7,7 +7,7 @@ and not those.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from flock_ray.core.wire import LifeCrashed, LifeEnded, LifeExited, LifeRunning
 from flock_ray.specs import Dot, Life, Name, NodeRecord, Route, Spec
@@ -82,11 +82,18 @@ class MemberDead:
 
 
 @dataclass(frozen=True, slots=True)
+class ConnectionBroken:
+    """The connection to the nest of a node has ended, or nobody listens there any more."""
+
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
 class NodeProbed:
-    """The answer to `ProbeNode`: does the raylet of that nest's node accept connections? (M5)"""
+    """The answer to `ProbeNode`: does the raylet of that nest's node accept connections (`up`), refuse them, or say nothing? (M5)"""
 
     life: Life
-    up: bool
+    found: Literal["up", "refused", "silent"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +166,7 @@ class Cancel:
 
 
 Event: TypeAlias = (
-    Booted | NodesListed | MemberAlive | MemberDead | NodeProbed | MemoryLow | Received | Tick | Start | Stop | Restart
+    Booted | NodesListed | MemberAlive | MemberDead | ConnectionBroken | NodeProbed | MemoryLow | Received | Tick | Start | Stop | Restart
     | Locate | Cancel | LifeRunning | LifeCrashed | LifeExited | LifeEnded | LifeLost | Evacuate
 )  # fmt: skip
 
@@ -209,12 +216,12 @@ class Routes:
     Args:
         places: node, host and address of each host, and whether the bird has `async def` methods.
         rows: for each bird that runs, in the order asked, which place, its dot and incarnation.
-        refused: what is to be said of the others, by their place in that order.
+        refused: what is to be said of the others, by their place in that order: `CallTimeout` of those that may run yet.
     """
 
     places: tuple[tuple[str, str, str, bool], ...]
     rows: tuple[tuple[int, Dot, int] | None, ...]
-    refused: dict[int, Outcome]
+    refused: dict[int, Refused]
 
 
 Outcome: TypeAlias = Accepted | Differs | Done | Route | Refused

@@ -129,14 +129,18 @@ class Membership:
         peer.condition = Condition.DYING
         return True
 
-    def probed(self, life: Life, up: bool, now: float) -> None:
-        """What the probe of a dying nest's node found (M5)."""
+    def probed(self, life: Life, found: str, now: float) -> None:
+        """What the probe of a nest's node found, which is dying or whose connection broke (M5).
+
+        Who refuses connections has no raylet, and no birds: that needs no word of the detector, which takes two seconds (measured). What
+        else is found of a nest that the detector hears says nothing.
+        """
         peer = self.peers.get(life)
-        if peer is None or peer.condition is not Condition.DYING:
+        if peer is None:
             return
-        if up:
+        if peer.condition is Condition.DYING and found == "up":
             peer.dies_at = now + self._config.nest_grace
-        else:
+        elif peer.condition is Condition.DYING or (peer.condition is Condition.ALIVE and found == "refused"):
             self._dead(peer, now)
 
     def _dead(self, peer: Peer, now: float) -> None:

@@ -64,6 +64,12 @@ def routes(nest: Registry, wanted: Iterable[Name]) -> tuple[list[Place], list[Ro
     return list(places), rows
 
 
+def is_expected(nest: Registry, name: Name) -> bool:
+    """Runs a bird of this name, or may it soon, as far as is known here?"""
+    winner = nest.replica.winner(name)
+    return winner is not None and (winner[1].status is None or winner[1].status.state != "failed")
+
+
 def begins(name: Name, prefix: Name) -> bool:
     """Does a name begin with this: a str with a str, bytes with bytes, a tuple with the parts of a tuple?"""
     if isinstance(prefix, tuple):
@@ -77,9 +83,17 @@ def begins(name: Name, prefix: Name) -> bool:
 
 def held(nest: Registry) -> Iterator[Counter[str]]:
     """How many birds live on each node, or should: counts of some birds at a time."""
+    view = nest.membership.view
     for names in _steps(nest):
-        found = (info(nest, name) for name in names)
-        yield Counter(bird.node_id for bird in found if bird is not None and bird.node_id is not None)
+        counts: Counter[str] = Counter()
+        for name in names:
+            pairs = nest.replica.records(name)
+            status = pairs[0][1].status if len(pairs) == 1 else None
+            if status is not None and status.state == "running" and status.life in view:  # nearly always: a tenth of what `info` costs
+                counts[status.life.node] += 1
+            elif (bird := info(nest, name)) is not None and bird.node_id is not None:
+                counts[bird.node_id] += 1
+        yield counts
 
 
 def nests(nest: Registry, held: Counter[str]) -> list[NestInfo]:

@@ -187,8 +187,13 @@ class Registry:
         if self.membership.dying(event.life):
             self.effect(do.ProbeNode(event.life))
 
+    def _on_ConnectionBroken(self, event: ev.ConnectionBroken) -> None:
+        for life in self.membership.living():
+            if life.node == event.node:
+                self.effect(do.ProbeNode(life))
+
     def _on_NodeProbed(self, event: ev.NodeProbed) -> None:
-        self.membership.probed(event.life, event.up, self.now)
+        self.membership.probed(event.life, event.found, self.now)
 
     def _on_MemoryLow(self, event: ev.MemoryLow) -> None:
         self.memory_low = event.low

@@ -34,7 +34,8 @@ AT_ONCE = 1_000  # requests in a message: some 20 ms of a nest's time
 PARTS = 4  # such messages under way
 TOLD = 2.0  # seconds within which all nests have heard of a stop
 OTHER = 10.0  # seconds another nest is given, before this node's is asked: it may hang
-PATIENCE = 5.0  # seconds a nest is asked to wait for birds to run, until it is asked again
+PATIENCE = 1.0  # seconds a nest is asked to wait for many birds to run, until it is asked again
+LOOKED_UP = 5.0  # seconds it may take if it has to ask other nests for them
 REMEMBERED = 65_536  # names whose last dot is kept
 
 _DEFAULTS = Config()
@@ -145,12 +146,13 @@ class Asks:
         return await self._owners.of(names)
 
     async def routes(self, names: Sequence[Name], until: float) -> AsyncIterator[tuple[Sequence[Name], ev.Routes]]:
-        """Where birds can be called, part by part, as parts come; waits for those that do not run yet, some seconds at most."""
-        patience = min(PATIENCE, max(0.0, until - self._clock()))
+        """Where birds can be called, part by part, as parts come; waits for those that do not run yet, a second at most."""
+        left = max(0.0, until - self._clock())
+        patience, longest = min(PATIENCE, left), min(LOOKED_UP, left)
 
         async def part(nest: NestLink | None, some: list[Name]) -> tuple[list[Name], Raw | None]:
             packed = pickle.dumps((some, patience), protocol=5)
-            return some, await self._deliver(lambda nest: nest.routes(packed), self._clock() + patience, nest)
+            return some, await self._deliver(lambda nest: nest.routes(packed), self._clock() + longest, nest)
 
         tasks = [
             asyncio.ensure_future(part(nest, [names[place] for place in places]))

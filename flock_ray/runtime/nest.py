@@ -16,10 +16,10 @@ import sys
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import psutil
 import ray
@@ -97,7 +97,7 @@ class Nest:
         self._me = ray.get_runtime_context().current_actor
         tls = contexts()
         self._tls = tls[0] if tls is not None else None
-        self._wires = Wires(self._record.secret, self._record.life, tls[1] if tls is not None else None, self._not_sent)
+        self._wires = Wires(self._record.secret, self._record.life, tls[1] if tls is not None else None, self._not_sent, self._broken)
         self._door: Door | None = None
         self._refusals = Refusals(self._tell_refused)
         self._hosts = Hosts(self._record, node, self._me, self._in_thread, self._handle, self._turned_away)
@@ -292,6 +292,9 @@ class Nest:
         """What could not be sent over a socket: letters of nests are lost, as on any network, and sent anew where they matter."""
         logger.debug("%d bytes for the nest of node %s could not be sent", len(body), node)
 
+    def _broken(self, node: str) -> None:
+        self._handle(ev.ConnectionBroken(node))
+
     async def _find(self, node: str, packed: bytes) -> None:
         try:
             self._peers[node] = handle = await self._in_thread(cluster.nest_handle, self._record.life, node)
@@ -332,17 +335,20 @@ class Nest:
         self._task(self._probe(effect.life))
 
     async def _probe(self, life: Life) -> None:
-        """Does the raylet of a node accept connections? (M5) Refused: the node is dead; no answer: cut off, or gone."""
-        node, up = self._nodes.get(life.node), False
+        """Does the raylet of a node accept connections? (M5)"""
+        node = self._nodes.get(life.node)
+        found: Literal["up", "refused", "silent"] = "silent"
         if node is not None:
             try:
                 connecting = asyncio.open_connection(node.ip, node.raylet_port)
                 _, writer = await asyncio.wait_for(connecting, PROBE)
                 writer.close()
-                up = True
+                found = "up"
+            except ConnectionRefusedError:
+                found = "refused"
             except (OSError, TimeoutError):
-                up = False
-        self._handle(ev.NodeProbed(life, up))
+                found = "silent"
+        self._handle(ev.NodeProbed(life, found))
 
     def _do_Demand(self, effect: do.Demand) -> None:
         bundles = [dict(bundle) for bundle in effect.bundles]
@@ -440,24 +446,29 @@ class Nest:
         return ev.Refused("FlockNotRunning", text, name)
 
     async def routes(self, query: bytes) -> bytes:
-        """Where birds can be called, of many names: waits for those that do not run yet. Answers a `Routes`."""
+        """Where birds can be called, of many names: waits a while for those that do not run yet. Answers a `Routes`."""
         names, timeout = pickle.loads(query)
         await self._ready.wait()
         registry = self._registry
         assert registry is not None
         until = self._loop.time() + timeout
+        refused = await self._not_to_come(registry, names, timeout)
         while True:
             places, rows = readings.routes(registry, names)
-            missing = [place for place, row in enumerate(rows) if row is None]
+            missing = [place for place, row in enumerate(rows) if row is None and place not in refused]
             if not missing or not await self._runs_soon(registry, names[missing[-1]], until):
                 break
-        refused: dict[int, ev.Outcome] = {}
-        if missing:
-            asked = tuple(ev.Locate(uuid.uuid4().hex, names[place], "running", max(0.0, until - self._loop.time())) for place in missing)
-            outcomes = await self._outcomes(asked)
-            places, rows = readings.routes(registry, names)
-            refused = {place: outcome for place, outcome in zip(missing, outcomes, strict=True) if rows[place] is None}
+        refused.update((place, registry.desk.too_late(names[place], "running")) for place in missing)
         return pickle.dumps(ev.Routes(tuple(places), tuple(rows), refused), protocol=5)
+
+    async def _not_to_come(self, registry: Registry, names: Sequence[Name], timeout: float) -> dict[int, ev.Refused]:
+        """What is to be said of those for which it is in vain to wait: they have failed, or no nest knows them."""
+        places = [place for place, name in enumerate(names) if not readings.is_expected(registry, name)]
+        if not places:
+            return {}
+        seconds = max(timeout, 2 * self._config.lookup_timeout)  # so that the other nests have been asked before it is over
+        outcomes = await self._outcomes(tuple(ev.Locate(uuid.uuid4().hex, names[place], "running", seconds) for place in places))
+        return {place: outcome for place, outcome in zip(places, outcomes, strict=True) if isinstance(outcome, ev.Refused)}
 
     async def _covers(self, registry: Registry, dots: Iterable[Dot]) -> bool:
         """Waits until what another nest has accepted is known here: one's own writes are seen (C3)."""

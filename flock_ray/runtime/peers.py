@@ -191,11 +191,20 @@ class Wires:
         secret, life: the flock's.
         tls: for TCP.
         unsent: takes what could not be sent, because there was no way: its key and body.
+        broken: is told the key of each way that has ended, or cannot be had.
     """
 
-    def __init__(self, secret: bytes, life: str, tls: ssl.SSLContext | None, unsent: Callable[[str, bytes], object]) -> None:
+    def __init__(
+        self,
+        secret: bytes,
+        life: str,
+        tls: ssl.SSLContext | None,
+        unsent: Callable[[str, bytes], object],
+        broken: Callable[[str], object] = lambda _: None,
+    ) -> None:
         self._secret, self._life, self._tls = secret, life, tls
         self._unsent = unsent
+        self._broken = broken
         self._wires: dict[str, Wire] = {}
         self._not_before: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -239,6 +248,8 @@ class Wires:
             early, wire.early = wire.early, []
             for _, _, body in early:
                 self._unsent(key, body)
+        if self._wires.get(key) is wire:
+            self._broken(key)
 
     def drop(self, key: str) -> None:
         """It is not needed any more."""

@@ -173,6 +173,22 @@ class FakeNest:
             reply.set(self._raw(ev.Done()))
         return reply
 
+    def routes(self, query: bytes) -> FakeReply:
+        reply, (names, _) = FakeReply(), pickle.loads(query)
+        places: dict[Any, int] = {}
+        rows: list[Any] = []
+        refused: dict[int, ev.Refused] = {}
+        for place, name in enumerate(names):
+            route = self.world.routes.get(name)
+            rows.append(None)
+            if route is not None:
+                host = (route.node, route.host, route.address, route.is_async)
+                rows[-1] = (places.setdefault(host, len(places)), route.dot, route.incarnation)
+            else:
+                refused[place] = self.world.refusals.get(name, ev.Refused("CallTimeout", f"{name!r} does not run", name))
+        reply.set(Raw(pickle.dumps(ev.Routes(tuple(places), tuple(rows), refused))))
+        return reply
+
     def read(self, query: bytes) -> FakeReply:
         reply = FakeReply()
         reply.set(Raw(pickle.dumps(self.reads.get(pickle.loads(query)[0]))))

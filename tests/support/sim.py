@@ -19,7 +19,8 @@ import random
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 from flock_ray.config import Config
 from flock_ray.core import effects as do
@@ -113,13 +114,13 @@ class Mix:
 
 
 MIXES: dict[str, Mix] = {
-    "all": Mix(4, 3, 3, dict(start=4, stop=2, crash=2, exit=1, nest=2, die=1, join=2, cut=1.5, heal=2, wrong=1.5, restart=1)),
+    "all": Mix(4, 3, 3, dict(reset=0.5, start=4, stop=2, crash=2, exit=1, nest=2, die=1, join=2, cut=1.5, heal=2, wrong=1.5, restart=1)),
     "calls": Mix(3, 3, 3, dict(start=4, stop=3, crash=2, exit=2, restart=1)),
     "flap": Mix(2, 2, 2, dict(start=2, stop=1, wrong=6, crash=1)),
-    "moves": Mix(4, 2, 4, dict(start=3, stop=1, join=3, die=1, crash=1), loss=0.1, double=0.2),
+    "moves": Mix(4, 2, 4, dict(reset=0.5, start=3, stop=1, join=3, die=1, crash=1), loss=0.1, double=0.2),
     "split": Mix(4, 4, 3, dict(start=3, stop=2, cut=3, heal=2, crash=1, exit=0.5)),
-    "nests": Mix(3, 3, 3, dict(start=3, stop=2, nest=4, exit=1.5, crash=1, wrong=0.5)),
-    "churn": Mix(5, 2, 2, dict(start=2, stop=2, die=2, join=4, nest=1)),
+    "nests": Mix(3, 3, 3, dict(reset=0.5, start=3, stop=2, nest=4, exit=1.5, crash=1, wrong=0.5)),
+    "churn": Mix(5, 2, 2, dict(reset=0.5, start=2, stop=2, die=2, join=4, nest=1)),
     "placed": Mix(4, 3, 4, dict(start=5, stop=3, join=1, die=0.5, wrong=1, nest=1), demands=True),
     "quiet": Mix(3, 3, 4, dict(start=4, stop=2), loss=0.0, double=0.0),
 }
@@ -384,7 +385,18 @@ class World:
             node.probed_down.add(effect.life)
         life = nest.me
         delay = self.rng.uniform(0.001, 0.5)
-        self.at(delay, lambda: self.handle(node, ev.NodeProbed(effect.life, up)) if node.nest and node.nest.me == life else None)
+        found: Literal["up", "refused", "silent"] = "up" if up else "silent" if other.alive else "refused"
+        self.at(delay, lambda: self.handle(node, ev.NodeProbed(effect.life, found)) if node.nest and node.nest.me == life else None)
+
+    def _break_connections(self, gone: Node) -> None:
+        """Who can hear it hears soon that the nest's process is gone, but not always."""
+        for node in self.nodes:
+            if node is not gone and self._reaches(gone.index, node.index) and self.rng.random() < 0.7:
+                self.at(self.rng.uniform(0.001, 0.3), partial(self._tell_broken, node, gone))
+
+    def _tell_broken(self, node: Node, gone: Node) -> None:
+        if node.nest is not None:
+            self.handle(node, ev.ConnectionBroken(gone.id))
 
     def _do_Reply(self, node: Node, nest: Registry, effect: do.Reply) -> None:
         if effect.request in self.outcomes:
@@ -512,6 +524,7 @@ class World:
         if node is not None:
             self.log(f"nest of {node.id} dies")
             node.nest, node.down_since = None, self.time
+            self._break_connections(node)
             life = node.life
             back = self.rng.uniform(0.5, 3.0) if self.rng.random() < 0.8 else self.rng.uniform(HOST_PATIENCE + 0.5, 15.0)
             self.at(HOST_PATIENCE, lambda: self._impatient(node, life))
@@ -537,6 +550,7 @@ class World:
             self.log(f"node {node.id} dies")
             node.alive, node.nest = False, None
             self._end_hosts(node)
+            self._break_connections(node)
 
     def _fault_join(self) -> None:
         node = self._some([n for n in self.nodes if not n.alive])
@@ -570,6 +584,12 @@ class World:
             node.hears[life] = "dead"
             node.deaf_until[life] = self.time + self.rng.choice([0.0, 0.5, 3.0, 8.0])
             self.handle(node, ev.MemberDead(life))
+
+    def _fault_reset(self) -> None:
+        """A connection breaks, and nobody has died."""
+        node = self._some([n for n in self.nodes if n.nest is not None])
+        if node is not None:
+            self._tell_broken(node, self.rng.choice([other for other in self.nodes if other is not node]))
 
     # A schedule
 

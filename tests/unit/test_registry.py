@@ -254,7 +254,7 @@ def test_a_view_change_looks_at_the_names_that_were_gained_and_at_no_others(monk
     whole = Registry._evaluate
     monkeypatch.setattr(Registry, "_evaluate", lambda self, name: looked.append((self.me, name)) or whole(self, name))
     for life in list(trio.nests):
-        trio.take(life, ev.MemberDead(third), ev.NodeProbed(third, up=False))
+        trio.take(life, ev.MemberDead(third), ev.NodeProbed(third, "refused"))
     effects = trio.pass_time(2.0)
     assert {effect.name for effect in effects if isinstance(effect, do.Hatch)} | {
         life.name for nest in trio.nests.values() for life in nest.holds.lives.values()
@@ -267,7 +267,7 @@ def test_an_answer_by_another_ring_is_not_asked_for_again_at_wire_speed():
     """Found by measuring: in the time between two nests' adoptions they asked and answered each other without pause."""
     trio = Pair(ME, PEER, Life("c", 1))
     del trio.nests[Life("c", 1)]
-    trio.take(ME, ev.MemberDead(Life("c", 1)), ev.NodeProbed(Life("c", 1), up=False))  # the peer has not heard of it
+    trio.take(ME, ev.MemberDead(Life("c", 1)), ev.NodeProbed(Life("c", 1), "refused"))  # the peer has not heard of it
     trio.sent.clear()
     trio.pass_time(2.0)
     assert sum(isinstance(body, msg.BarrierAsk) for body in trio.sent) <= 2.0 / Config().retry_interval + 3
