@@ -143,7 +143,8 @@ class Cluster:
                 if to not in self.nests:
                     continue
                 reading = letters.unpack(packed, to)
-                while (envelope := self.costs.of(what, partial(next, reading, None))) is not None:
+                while (letter := self.costs.of(what, partial(next, reading, None))) is not None:
+                    envelope = letter[0]
                     if self.kept is not None and not isinstance(envelope.body, msg.BarrierAsk | msg.BarrierAnswer):
                         self.kept.append((to, envelope))
                     else:

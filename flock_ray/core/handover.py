@@ -6,7 +6,7 @@
     hatches with the record; once it runs:
     Release(..., keep=False), a drop ->          forgets record or life
                                               <- ReleaseAnswer(None)
-Each is repeated until it is answered; at most `moves_in_flight` at a time (H5).
+Each is repeated until it is answered; at most `moves_in_flight` at a time, of light birds so many more as they are cheaper (H5).
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from flock_ray.core.registry import Registry
 
 
+LIGHTER = 16  # light birds count as one that has a process of its own
+
+
 @dataclass(slots=True)
 class Pull:
     """A release (with `keep`) or a drop that this owner asks of a holder."""
@@ -32,6 +35,7 @@ class Pull:
     name: Name
     incarnation: int
     keep: bool
+    weight: int
     again_at: float = 0.0
     count: int = 0
 
@@ -43,7 +47,8 @@ class Handover:
         self._nest = nest
         self._pulls: dict[tuple[Life, Dot], Pull] = {}
         self._queue: deque[tuple[Life, Dot]] = deque()
-        self._flying: dict[tuple[Life, Dot], None] = {}
+        self._flying: dict[tuple[Life, Dot], int] = {}  # and what each counts; in the order in which they are due again
+        self._load = 0  # the sum of these
 
     # The holder's side
 
@@ -105,12 +110,25 @@ class Handover:
             key = (holder, dot)
             pull = self._pulls.get(key)
             if keep is None:
-                self._pulls.pop(key, None)
-                self._flying.pop(key, None)
+                self._drop(key)
             elif pull is None or (pull.incarnation, pull.keep) != (report.incarnation, keep):
                 if pull is None:
                     self._queue.append(key)
-                self._pulls[key] = Pull(name, report.incarnation, keep)
+                else:  # it waits already, or another word flies: this one is due at once
+                    self._land(key)
+                    self._queue.appendleft(key)
+                self._pulls[key] = Pull(name, report.incarnation, keep, self._weight(name))
+
+    def _weight(self, name: Name) -> int:
+        winner = self._nest.replica.winner(name)
+        return 1 if winner is not None and winner[1].spec.options.light else LIGHTER
+
+    def _drop(self, key: tuple[Life, Dot]) -> None:
+        self._pulls.pop(key, None)
+        self._land(key)
+
+    def _land(self, key: tuple[Life, Dot]) -> None:
+        self._load -= self._flying.pop(key, 0)
 
     def _wants(self, name: Name, holder: Life, dot: Dot, report: Report) -> bool | None:
         """What to ask of a holder: release it with its state (True), drop it (False), or nothing now (None)."""
@@ -133,21 +151,22 @@ class Handover:
 
     def run(self) -> None:
         """Sends what is due."""
-        for key in [key for key in self._flying if self._pulls[key].again_at <= self._nest.now]:
-            self._send_pull(key)
-        while self._queue and len(self._flying) < self._nest.config.moves_in_flight:
+        while (due := next(iter(self._flying), None)) is not None and self._pulls[due].again_at <= self._nest.now:
+            self._send_pull(due)
+        while self._queue and self._load < LIGHTER * self._nest.config.moves_in_flight:
             key = self._queue.popleft()
             if key in self._pulls and key not in self._flying:
-                self._flying[key] = None
                 self._send_pull(key)
 
     def _send_pull(self, key: tuple[Life, Dot]) -> None:
         holder, dot = key
         pull = self._pulls[key]
         if key not in self._nest.barrier.reports.get(pull.name, {}) or not self._nest.barrier.cleared(holder, pull.name):
-            del self._pulls[key]  # another view was adopted, or the holder does not agree any more
-            self._flying.pop(key, None)
+            self._drop(key)  # another view was adopted, or the holder does not agree any more
             return
+        self._land(key)
+        self._flying[key] = pull.weight  # the last to be due
+        self._load += pull.weight
         pull.again_at = self._nest.now + self._nest.config.retry_interval
         self._nest.send(holder, msg.Release(pull.name, dot, pull.incarnation, pull.keep), pull.count)
         pull.count += 1
@@ -156,8 +175,7 @@ class Handover:
         """A holder has answered."""
         holder, name, dot = envelope.sender, answer.name, answer.dot
         self._nest.joined(self._nest.replica.join_content(answer.content))
-        self._flying.pop((holder, dot), None)
-        self._pulls.pop((holder, dot), None)
+        self._drop((holder, dot))
         self._nest.mark([name])
         report = self._nest.barrier.reports.get(name, {}).get((holder, dot))
         if report is None or report.incarnation != answer.incarnation:
@@ -173,8 +191,8 @@ class Handover:
     def view_changed(self) -> None:
         """Who has left the view is not asked any more."""
         for key in [key for key in self._pulls if key[0] not in self._nest.membership.view]:
-            del self._pulls[key]
-            self._flying.pop(key, None)
+            self._drop(key)
 
     def wake_at(self) -> float:
-        return min((self._pulls[key].again_at for key in self._flying), default=float("inf"))
+        due = next(iter(self._flying), None)
+        return float("inf") if due is None else self._pulls[due].again_at

@@ -46,8 +46,10 @@ def pack(letters: Iterable[tuple[Life, Envelope]], bodies: Bodies) -> Iterator[b
         yield pickle.dumps(packed, protocol=5)
 
 
-def unpack(data: bytes | memoryview, me: Life) -> Iterator[Envelope]:
-    """The envelopes for this life of a nest, each read when its turn comes; those for an earlier life are nobody's.
+def unpack(data: bytes | memoryview, me: Life) -> Iterator[tuple[Envelope, int]]:
+    """The envelopes for this life of a nest, each read when its turn comes, and how long their bodies are (bytes).
+
+    Those for an earlier life are nobody's.
 
     Raises:
         ValueError: these are no letters.
@@ -63,7 +65,7 @@ def unpack(data: bytes | memoryview, me: Life) -> Iterator[Envelope]:
         except TypeError as error:
             raise ValueError(f"this is no letter: {error}") from error
         if addressee == me:
-            yield Envelope(origin, number, accepts, _read(body), third)
+            yield Envelope(origin, number, accepts, _read(body), third), len(body)
 
 
 def _read(data: bytes | memoryview) -> Any:

@@ -64,7 +64,7 @@ class Sync:
         session.ask_again_at = now + self._retry
         session.attempts += 1
         hashes = Hashes((prefix, self._replica.birds.digest(prefix)) for prefix in session.asked)
-        context = self._replica.shareable_context(fading).fingerprint()
+        context = self._replica.shareable_context(fading).fingerprint() if ROOT in session.asked else 0
         return SyncAsk(session.number, hashes, context, outlook)
 
     def answer(self, ask: SyncAsk, fading: Iterable[Life], outlook: Outlook) -> SyncAnswer:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from flock_ray.core.messages import Released
 
 HEADS = 4_096  # heads of calls that a host keeps
-ORDERS = 500  # to hatch, at a time
+ORDERS = 500  # to a host of light birds, at a time
 LONG_ORDERS = 1_000_000  # bytes of arguments and states in them
 LONG_HEAD = 1_024  # bytes; those of longer chains are not kept
 
@@ -296,18 +296,21 @@ class HatchOrder(NamedTuple):
     sys_path: tuple[str, ...] = ()
 
 
-class HatchOrders(NamedTuple):
-    """Begin lives of light birds."""
+class Orders(NamedTuple):
+    """Orders to a host of light birds, in order."""
 
-    orders: tuple[HatchOrder, ...]
+    orders: tuple[Any, ...]
 
 
-def chunks(orders: Iterable[HatchOrder]) -> Iterator[tuple[HatchOrder, ...]]:
-    """Parts of a long list that are sent one by one: a host reads none of its callers' messages while it reads one."""
-    chunk: list[HatchOrder] = []
-    size = 0
+def chunks(orders: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """Parts of a long list of orders that are sent one by one: a host reads none of its callers' messages while it reads one."""
+    chunk: list[Any] = []
+    size, code = 0, b""
     for order in orders:
-        long = len(order.spec.args) + len(order.state or b"") + (len(order.code) if not chunk or order.code is not chunk[-1].code else 0)
+        long = 0
+        if isinstance(order, HatchOrder):
+            long = len(order.spec.args) + len(order.state or b"") + (len(order.code) if not chunk or order.code is not code else 0)
+            code = order.code
         if chunk and (len(chunk) >= ORDERS or size + long > LONG_ORDERS):
             yield tuple(chunk)
             chunk, size = [], 0

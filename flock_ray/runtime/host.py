@@ -164,8 +164,11 @@ class Host:
         return life
 
     def control(self, message: bytes | memoryview) -> bytes:
-        """An order of a nest, or a caller's `Withdraw`; returns at once."""
-        head = decode(message)[0]
+        """An order of a nest, or a caller's `Withdraw`, encoded; returns at once."""
+        return self.obey(decode(message)[0])
+
+    def obey(self, head: Any) -> bytes:
+        """The same, decoded."""
         match head:
             case HatchOrder():
                 self._be_ordered(head)

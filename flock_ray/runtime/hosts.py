@@ -103,7 +103,7 @@ class Hosts:
             process = self._processes.new(kind, options, order)
         self._hold(process, effect.name, effect.dot, effect.born)
         if given:
-            self._processes.hatch(process, order)
+            self._processes.order(process, order)
 
     def _hold(self, process: Process, name: Name, dot: Dot, born: int) -> Held:
         held = self._lives[dot, born] = Held(process, name, dot, born)
@@ -138,7 +138,7 @@ class Hosts:
 
     def _take_back(self, held: Held) -> bool:
         """Takes back the order to hatch a light bird, if its host has not been given it."""
-        if held.process.hatches.pop((held.dot, held.born), None) is None:
+        if held.process.unsent.pop((held.dot, held.born), None) is None:
             return False
         self._over(held)
         self._drop(held)
@@ -193,8 +193,8 @@ class Hosts:
                 self._processes.order(held.process, wire.EndOrder(held.dot, held.born, reason, False, timeout))
         for process in self._processes.all():
             if process.kind.light:
-                for key in tuple(process.hatches):
-                    self._take_back(self._lives[key])
+                for held in [held for key, held in self._lives.items() if key in process.unsent]:
+                    self._take_back(held)
                 self._processes.order(process, wire.EndAllOrder(reason, timeout))
         loop = asyncio.get_running_loop()
         end = loop.time() + timeout

@@ -26,11 +26,10 @@ from flock_ray.core.wire import (
     EndAllOrder,
     EndOrder,
     HatchOrder,
-    HatchOrders,
     LeaveOrder,
     LifeCrashed,
+    Orders,
     Pull,
-    decode,
     decode_call,
     decode_calls,
     encode_answers,
@@ -394,12 +393,13 @@ class LightHost(AsyncHost):
 
     # Orders
 
-    def control(self, message: bytes | memoryview) -> bytes:
-        head = decode(message)[0]
+    def obey(self, head: Any) -> bytes:
         match head:
-            case HatchOrders():
+            case Orders():
                 for order in head.orders:
-                    self._hatch(order)
+                    self.obey(order)
+            case HatchOrder():
+                self._hatch(head)
             case EndAllOrder():
                 for life in tuple(self._lives.values()):
                     self._end(EndOrder(life.dot, life.born, head.reason, False, head.timeout))
@@ -407,7 +407,7 @@ class LightHost(AsyncHost):
                 if not self._lives and not self._kept:
                     self._end_process_in(0.0)
             case _:
-                return super().control(message)
+                return super().obey(head)
         return b""
 
     def _hatch(self, order: HatchOrder) -> None:

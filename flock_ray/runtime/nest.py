@@ -50,6 +50,7 @@ PROBE = 0.5  # seconds until a raylet that does not answer counts as cut off
 SHARE_SETTLES = 1.0  # seconds: in a burst of changes the load is told once
 FLUSH = 0.005  # seconds between messages to a peer: one costs 1 to 3 ms of CPU as a Ray call, so in a burst they are sent together
 READING = 0.02  # seconds for which letters are read before others have their turn
+LETTERS, SHORT = 64, 20_000  # at most so many letters, or bytes of them and one more, are taken in at once
 MANY = 1_000  # birds in an answer, to be pickled in a thread
 WRITTEN = 5_000  # names, after which the garbage collector is told to leave alone what there is
 SOON = 1.0  # seconds that birds started together are waited for together
@@ -77,7 +78,7 @@ class Nest:
         self._peers: dict[str, ActorHandle[Any]] = {}
         self._finding: set[str] = set()
         self._outbox: dict[str, list[tuple[Life, msg.Envelope]]] = {}
-        self._inbox: deque[Iterator[msg.Envelope]] = deque()
+        self._inbox: deque[Iterator[tuple[msg.Envelope, int]]] = deque()
         self._replies: dict[str, Callable[[ev.Outcome], object]] = {}
         self._flushed = 0.0  # when, on the loop's clock
         self._flush_timer: asyncio.TimerHandle | None = None
@@ -235,7 +236,7 @@ class Nest:
     # Events in, effects out
 
     def _handle(self, *events: ev.Event) -> None:
-        if self._ending:  # a flock that ends hatches nothing any more
+        if self._ending or not events:  # a flock that ends hatches nothing any more
             return
         registry = self._registry
         if registry is None or not (self._booted.is_set() or isinstance(events[0], ev.Booted)):
@@ -540,25 +541,31 @@ class Nest:
         """Reads letters in the order in which they came, and leaves the loop to others now and then: a burst brings many."""
         until = time.monotonic() + READING
         while self._inbox:
-            envelope = self._next_letter()
-            if envelope is not None:
-                try:
-                    self._handle(ev.Received(envelope))
-                except Exception:
-                    logger.exception("a message of nest %s could not be taken in", envelope.sender)
+            received = self._next_letters()
+            try:
+                self._handle(*received)
+            except Exception:
+                logger.exception("messages of other nests could not be taken in, the first of %s", received[0].envelope.sender)
             if self._inbox and time.monotonic() >= until:
                 self._loop.call_soon(self._read_letters)
                 return
 
-    def _next_letter(self) -> msg.Envelope | None:
-        try:
-            envelope = next(self._inbox[0], None)
-        except ValueError:
-            logger.exception("letters of another nest could not be read")  # they are lost, as on any network
-            envelope = None
-        if envelope is None:
-            self._inbox.popleft()
-        return envelope
+    def _next_letters(self) -> list[ev.Received]:
+        """Some that are short, or one: what follows of all of them is looked at once."""
+        received: list[ev.Received] = []
+        length = 0
+        while self._inbox and length < SHORT and len(received) < LETTERS:
+            try:
+                letter = next(self._inbox[0], None)
+            except ValueError:
+                logger.exception("letters of another nest could not be read")  # they are lost, as on any network
+                letter = None
+            if letter is None:
+                self._inbox.popleft()
+                continue
+            received.append(ev.Received(letter[0]))
+            length += letter[1]
+        return received
 
     async def host_says(self, word: bytes) -> bytes | None:
         said = pickle.loads(word)

@@ -28,7 +28,7 @@ from flock_ray.runtime.listener import socket_path
 from flock_ray.runtime.peers import Wires
 from flock_ray.runtime.recorder import recorder_path
 from flock_ray.runtime.tether import pid_path
-from flock_ray.specs import Dot, Life, Options, Spec
+from flock_ray.specs import Life, Options, Spec
 
 InThread = Callable[..., Awaitable[Any]]
 FILL = 1.0  # seconds until a spare that was taken is replaced: its bird starts first
@@ -66,7 +66,7 @@ class Process:
     stuck: int = 0  # of these, those that do not end
     condemned: bool = False  # it gets no more lives: a bird that does not return is in it
     killed_for: str = ""
-    hatches: dict[tuple[Dot, int], wire.HatchOrder] = field(default_factory=dict)  # not given to it yet
+    unsent: dict[object, Any] = field(default_factory=dict)  # orders to one of light birds: those to hatch by dot and incarnation
 
 
 class Processes:
@@ -198,23 +198,23 @@ class Processes:
 
     # Orders
 
-    def hatch(self, process: Process, order: wire.HatchOrder) -> None:
-        """Has a life begun in a process that is there or starting. Those of light birds that come together go together."""
+    def order(self, process: Process, order: object) -> None:
+        """Gives an order to a process that is there, or starting. To one of light birds those that come together go together."""
         if not process.kind.light:
-            self.order(process, order)
+            self._send(process, order)
             return
-        process.hatches[order.dot, order.born] = order
-        if len(process.hatches) == 1:
+        process.unsent[(order.dot, order.born) if isinstance(order, wire.HatchOrder) else object()] = order
+        if len(process.unsent) == 1:
             asyncio.get_running_loop().call_soon(self.flush, process)
 
     def flush(self, process: Process) -> None:
-        if not process.ready or not process.hatches:
+        if not process.ready or not process.unsent:
             return
-        orders, process.hatches = process.hatches, {}
+        orders, process.unsent = process.unsent, {}
         for chunk in wire.chunks(orders.values()):
-            self.order(process, wire.HatchOrders(chunk))
+            self._send(process, wire.Orders(chunk))
 
-    def order(self, process: Process, order: object) -> None:
+    def _send(self, process: Process, order: object) -> None:
         packed, path = wire.encode(order), socket_path(self.directory, process.pid)
         # What is long goes by Ray. An end may overtake it then: a host does not begin what was to end before it came.
         if not (process.pid and len(packed) <= LONGEST and path.exists() and self._wires.send(process.host, path, CONTROL, packed)):

@@ -16,7 +16,7 @@ from typing import Any
 
 import cloudpickle
 
-from flock_ray.core.wire import HatchOrder, HatchOrders, HostReport, LifeCrashed, LifeRunning, Welcome, Words, encode
+from flock_ray.core.wire import HatchOrder, HostReport, LifeCrashed, LifeRunning, Orders, Welcome, Words, encode
 from flock_ray.runtime.client import Client
 from flock_ray.runtime.courier import Courier
 from flock_ray.runtime.host import HostBoot
@@ -143,7 +143,7 @@ class Pair:
         else:
             self.host.hatch(pickle.dumps(order))
         if self.light:
-            self.host.control(encode(HatchOrders((order,))))
+            self.host.control(encode(Orders((order,))))
             until = time.monotonic() + 10
             while not any(isinstance(word, LifeRunning | LifeCrashed) for word in list(self.nest.words)):
                 assert time.monotonic() < until, "it is not hatched"

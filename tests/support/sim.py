@@ -285,7 +285,7 @@ class World:
             value, who = self.must[body.dot]
             if body.record.state == str(value).encode():
                 who.add(to.index)
-        for envelope in letters.unpack(packed, to.nest.me):
+        for envelope, _ in letters.unpack(packed, to.nest.me):
             self.handle(to, ev.Received(envelope))
 
     def _do_Hatch(self, node: Node, nest: Registry, effect: do.Hatch) -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from flock_ray import errors
 from flock_ray.core import wire
-from flock_ray.core.wire import HatchOrder, HatchOrders, LifeCrashed, LifeEnded, LifeRunning, encode
+from flock_ray.core.wire import HatchOrder, LifeCrashed, LifeEnded, LifeRunning, Orders, encode
 from flock_ray.runtime import inside
 from flock_ray.runtime.batches import Batch, Request
 from flock_ray.runtime.mailbox import Arrivals
@@ -120,7 +120,7 @@ class Many(Pair):
         spec = Spec("m", cls.__qualname__, cls.__qualname__, pickle.dumps(((), kwargs)), Options(light=True), brought, Stamp(0, 0), "r")
         orders = [HatchOrder("default", n, self.dot(n), born, spec, code, 0, 0, None, False) for n in names]
         for chunk in wire.chunks(orders):
-            self.host.control(encode(HatchOrders(chunk)))
+            self.host.control(encode(Orders(chunk)))
         return is_async
 
     @staticmethod

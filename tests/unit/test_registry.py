@@ -86,7 +86,7 @@ class Pair:
             if isinstance(effect, do.Send) and effect.to in self.nests:
                 self.sent.append(effect.envelope.body)
                 for packed in letters.pack([(effect.to, effect.envelope)], letters.Bodies()):
-                    for envelope in letters.unpack(packed, effect.to):
+                    for envelope, _ in letters.unpack(packed, effect.to):
                         self.take(effect.to, ev.Received(envelope))
         return effects
 
