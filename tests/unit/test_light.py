@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flock_ray import errors
+from flock_ray.core import events as ev
 from flock_ray.core import wire
 from flock_ray.core.wire import HatchOrder, LifeCrashed, LifeEnded, LifeRunning, Orders, encode
 from flock_ray.runtime import inside
@@ -459,6 +460,28 @@ def test_what_has_moved_is_called_where_it_is(many):
     until(lambda: len(many.lives()) == 46, "they are gone")
     threading.Timer(0.2, lambda: many.hatch(Counter, range(5), born=2)).start()
     assert many.many([(n, "add") for n in range(50)]) == [1] * 50
+
+
+def test_those_that_do_not_run_yet_are_waited_for_together(many):
+    asked = []
+    routes = many.world.the_nest.routes
+    many.world.the_nest.routes = lambda query: asked.append(len(pickle.loads(query)[0])) or routes(query)
+    threading.Timer(0.3, lambda: many.hatch(Counter, range(50, 90))).start()
+    assert many.many([(n, "add") for n in range(90)]) == [1] * 90
+    assert asked[0] == 40
+    assert len(asked) < 20, "they are asked for in pauses that grow"
+    assert not [event for event in many.world.the_nest.asked if isinstance(event, ev.Locate)]
+
+
+def test_what_a_nest_says_of_those_that_do_not_run_is_what_their_calls_fail_with(many):
+    many.world.refusals["nobody"] = ev.Refused("BirdNotFound", "no nest knows it", "nobody")
+    many.world.refusals["broken"] = ev.Refused("BirdCrashed", "it has failed", "broken", "Traceback")
+    began = time.monotonic()
+    nobody, broken, late, well = many.many([("nobody", "add"), ("broken", "add"), ("late", "add"), (1, "add")], timeout=0.5)
+    assert time.monotonic() - began < 3.0
+    assert isinstance(nobody, errors.BirdNotFound) and isinstance(broken, errors.BirdCrashed)
+    assert isinstance(late, errors.CallTimeout) and "does not run" in str(late)
+    assert well == 1
 
 
 def test_a_host_that_goes_away_in_the_middle(many):

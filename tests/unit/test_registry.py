@@ -300,3 +300,22 @@ def test_many_lives_are_adopted_in_steps_and_none_is_lost_that_ends_meanwhile():
         nest.handle(ev.Tick(), 0.0)
     assert nest.membership.ready and len(nest.holds.lives) == count
     assert nest.holds.lives[Dot(old, count)].phase is Phase.BACKOFF
+
+
+@pytest.mark.parametrize(("found", "dies"), [("refused", True), ("silent", False), ("up", False)])
+def test_a_broken_connection_has_the_node_probed_and_only_a_refusal_is_its_death(found, dies):
+    third = Life("c", 1)
+    trio = Pair(ME, PEER, third)
+    trio.pass_time(1.0)
+    nest = trio.nests[ME]
+    effects = nest.handle(ev.ConnectionBroken("c"), trio.now)
+    assert do.ProbeNode(third) in effects
+    del trio.nests[third]
+    trio.take(ME, ev.NodeProbed(third, found))
+    trio.pass_time(2 * Config().nest_grace)  # also the time for which a nest that restarts is waited for
+    assert (third not in nest.membership.view) == dies
+
+
+def test_the_end_of_a_connection_to_a_nest_that_nobody_hears_says_nothing():
+    pair = Pair(ME, PEER)
+    assert not [effect for effect in pair.nests[ME].handle(ev.ConnectionBroken("c"), pair.now) if isinstance(effect, do.ProbeNode)]
