@@ -18,8 +18,8 @@ from flock_ray.api.requests import Requests
 from flock_ray.api.starting import fill, make_template
 from flock_ray.errors import FlockNotRunning
 from flock_ray.runtime import inside
-from flock_ray.runtime.batches import Batch, Request
-from flock_ray.runtime.client import DEFAULT, Client, Lanes, client_of
+from flock_ray.runtime.batches import Batch, Caller, Request
+from flock_ray.runtime.client import DEFAULT, Client, client_of
 from flock_ray.runtime.pending import Default
 from flock_ray.specs import Dot, Name, Spec, check_name
 
@@ -88,15 +88,15 @@ class Batches(Requests):
         retry: bool,
         return_exceptions: bool,
         progress: bool,
-        lanes: Lanes | None = None,
+        caller: Caller | None = None,
     ) -> list[Any]:
         client, requests = self._requests("call_many", calls)
-        outcomes, failed = self._made(client, requests, timeout, retry, False, "called", progress, lanes)
+        outcomes, failed = self._made(client, requests, timeout, retry, False, "called", progress, caller)
         return _settled(outcomes, failed, return_exceptions)
 
-    def _cast_many(self, casts: Iterable[Any], progress: bool, lanes: Lanes | None = None) -> None:
+    def _cast_many(self, casts: Iterable[Any], progress: bool, caller: Caller | None = None) -> None:
         client, requests = self._requests("cast_many", casts)
-        _settled([], self._made(client, requests, DEFAULT, False, True, "cast", progress, lanes)[1], False)
+        _settled([], self._made(client, requests, DEFAULT, False, True, "cast", progress, caller)[1], False)
 
     def _ask_all(
         self,
@@ -108,13 +108,13 @@ class Batches(Requests):
         timeout: float | Default | None,
         return_exceptions: bool,
         progress: bool,
-        lanes: Lanes | None = None,
+        caller: Caller | None = None,
     ) -> dict[Any, Any]:
         client = client_of(self.name)
         names = client.courier.run(self._names(prefix, of))
         text = self._method_text(method, None)
         requests = [Request(name, None, text, args, kwargs) for name in names]
-        outcomes, failed = self._made(client, requests, timeout, False, False, "asked", progress, lanes)
+        outcomes, failed = self._made(client, requests, timeout, False, False, "asked", progress, caller)
         return dict(zip(names, _settled(outcomes, failed, return_exceptions), strict=True))
 
     def _stop_many(self, names: Iterable[Any], return_exceptions: bool, progress: bool) -> list[Any]:
@@ -165,7 +165,7 @@ class Batches(Requests):
         cast: bool,
         what: str,
         progress: bool,
-        lanes: Lanes | None,
+        caller: Caller | None,
     ) -> tuple[list[Any], list[BaseException]]:
         if inside.in_async_method():
             raise RuntimeError("a batch here would stop the event loop of this bird; await its namesake in flock_ray.aio")
@@ -173,7 +173,7 @@ class Batches(Requests):
         client.courier.run(client.asks.config())
         until = self._until(client, check_timeout(timeout) if timeout is not DEFAULT else DEFAULT)
         with shown(what, len(requests), progress) as came:
-            batch = Batch(client, requests, until, retry, cast, came, lanes)
+            batch = Batch(client, requests, until, retry, cast, came, caller)
             outcomes = batch.run()
         return outcomes, [batch.failed[place] for place in sorted(batch.failed)]
 

@@ -6,6 +6,7 @@ Each is documented at its namesake in `flock_ray.api.flock.Flock`. Cancelling on
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
@@ -13,6 +14,7 @@ from flock_ray.api.batches import Batches
 from flock_ray.api.bird import Bird, check_timeout
 from flock_ray.api.options import check
 from flock_ray.config import Config
+from flock_ray.runtime.batches import Caller
 from flock_ray.runtime.client import DEFAULT, client_of, let_go
 from flock_ray.runtime.pending import Default
 from flock_ray.specs import BirdInfo, Name, NestInfo, check_name
@@ -177,12 +179,11 @@ class AioFlock(Batches):
         progress: bool = False,
     ) -> list[Any]:
         """As `Flock.call_many`."""
-        lanes = client_of(self.name).lanes_here()
-        return await asyncio.to_thread(self._call_many, calls, timeout, retry, return_exceptions, progress, lanes)
+        return await self._in_thread(self._call_many, calls, timeout, retry, return_exceptions, progress)
 
     async def cast_many(self, casts: Iterable[Any], *, progress: bool = False) -> None:
         """As `Flock.cast_many`."""
-        await asyncio.to_thread(self._cast_many, casts, progress, client_of(self.name).lanes_here())
+        await self._in_thread(self._cast_many, casts, progress)
 
     async def stop_many(self, names: Iterable[Name | Bird[Any]], *, return_exceptions: bool = False, progress: bool = False) -> list[None]:
         """As `Flock.stop_many`."""
@@ -201,8 +202,16 @@ class AioFlock(Batches):
         **kwargs: Any,
     ) -> dict[Any, Any]:
         """As `Flock.ask_all`."""
-        lanes = client_of(self.name).lanes_here()
-        return await asyncio.to_thread(self._ask_all, method, args, kwargs, of, prefix, timeout, return_exceptions, progress, lanes)
+        return await self._in_thread(self._ask_all, method, args, kwargs, of, prefix, timeout, return_exceptions, progress)
+
+    async def _in_thread(self, make: Callable[..., T], *args: Any) -> T:
+        """Makes a batch in a thread, for who runs here; cancelled, what of it has not begun is taken back (C5)."""
+        caller = Caller(client_of(self.name).lanes_here(), threading.Event())
+        try:
+            return await asyncio.to_thread(make, *args, caller)
+        except asyncio.CancelledError:
+            caller.gone.set()
+            raise
 
 
 class AioStarter:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from flock_ray.core.wire import LifeCrashed, LifeEnded, LifeExited, LifeRunning
+from flock_ray.core.wire import LifeBegins, LifeCrashed, LifeEnded, LifeExited, LifeRunning
 from flock_ray.specs import Dot, Life, Name, NodeRecord, Route, Spec
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Cancel:
 
 Event: TypeAlias = (
     Booted | NodesListed | MemberAlive | MemberDead | ConnectionBroken | NodeProbed | MemoryLow | Received | Tick | Start | Stop | Restart
-    | Locate | Cancel | LifeRunning | LifeCrashed | LifeExited | LifeEnded | LifeLost | Evacuate
+    | Locate | Cancel | LifeBegins | LifeRunning | LifeCrashed | LifeExited | LifeEnded | LifeLost | Evacuate
 )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ BURST = 0.5  # the same for first starts at the nest that owns them: a start and
 RELAY_AFTER = 2  # unanswered tries before every other one goes through a third nest (H2)
 AWAKE = float("inf")
 
-_OF_LIVES = (wire.LifeRunning, wire.LifeCrashed, wire.LifeExited, wire.LifeEnded)
+_OF_LIVES = (wire.LifeBegins, wire.LifeRunning, wire.LifeCrashed, wire.LifeExited, wire.LifeEnded)
 _TAKEN_BY: dict[type, str] = {kind: f"_on_{kind.__name__}" for kind in get_args(ev.Event)}
 
 
@@ -239,6 +239,9 @@ class Registry:
         self.inbox.take(event.envelope)
 
     # What hosts say of lives
+
+    def _on_LifeBegins(self, event: wire.LifeBegins) -> None:
+        self.supervision.begins(event)
 
     def _on_LifeRunning(self, event: wire.LifeRunning) -> None:
         self.supervision.running(event)

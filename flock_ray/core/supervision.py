@@ -76,7 +76,7 @@ class Supervision:
         state, has_state = (source.state, True) if source is not None else (None, False)
         code = self._nest.replica.code[spec.code]
         self._nest.effect(do.Hatch(life.name, life.dot, life.born, spec, code, life.restarts, life.crashes, state, has_state))
-        if spec.options.start_timeout is not None:
+        if spec.options.start_timeout is not None and not spec.options.light:
             self._schedule(life, self._nest.now + spec.options.start_timeout)
 
     def raise_incarnation(self, life: BirdLife, record: Record) -> None:
@@ -120,6 +120,12 @@ class Supervision:
         return False
 
     # What becomes of it
+
+    def begins(self, event: wire.LifeBegins) -> None:
+        """A light bird's time to start begins now: before, others may have had its process's threads."""
+        life = self._nest.holds.life(event.dot, event.born)
+        if life is not None and life.phase is Phase.STARTING and life.spec.options.light and life.spec.options.start_timeout is not None:
+            self._schedule(life, self._nest.now + life.spec.options.start_timeout)
 
     def running(self, event: wire.LifeRunning) -> None:
         life = self._nest.holds.life(event.dot, event.born)

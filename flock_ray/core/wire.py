@@ -411,6 +411,13 @@ class HostUp(NamedTuple):
     pid: int
 
 
+class LifeBegins(NamedTuple):
+    """The `__init__` of a bird with a `start_timeout` begins. One with a process of its own is given that time from its order on."""
+
+    dot: Dot
+    born: int
+
+
 class LifeRunning(NamedTuple):
     """A life's `__init__` has returned. `born` is its incarnation when it was hatched, and tells lives of a dot apart.
 

@@ -9,9 +9,11 @@ What runs here runs on the caller's thread, as a call does; results are unpickle
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +36,13 @@ A_WHILE = 1.0  # seconds for which one host is waited for, until the others' ans
 PAUSE, LONGEST_PAUSE = 0.02, 0.5  # seconds from one try to the next with those that did not run, doubled each time
 
 _EMPTY = payload.pack(((), {}), what="")[0]
+
+
+class Caller(NamedTuple):
+    """For whom a thread makes a batch."""
+
+    lanes: Lanes
+    gone: threading.Event  # set when nobody waits for it any more
 
 
 class Request(NamedTuple):
@@ -65,7 +74,7 @@ class Batch:
         requests: in order.
         until: on the client's clock, when patience ends.
         came: is told how many more have ended.
-        lanes: of the caller, if it is not who makes this.
+        caller: if it is not who makes this.
     """
 
     def __init__(
@@ -76,10 +85,10 @@ class Batch:
         retry: bool,
         cast: bool,
         came: Callable[[int], object],
-        lanes: Lanes | None = None,
+        caller: Caller | None = None,
     ) -> None:
         self._client = client
-        self._lanes = client.lanes_here() if lanes is None else lanes
+        self._lanes, self._gone = caller or Caller(client.lanes_here(), threading.Event())
         self._requests = requests
         self._until = until
         self._retry = retry
@@ -101,10 +110,9 @@ class Batch:
             try:
                 while waiting or sent:
                     began = time.monotonic()
-                    waiting, more = self._send(waiting, self._ways(waiting), sent)
-                    self._one_by_one(sorted(alone + more), flying)
-                    alone = []
-                    again = self._collect(sent, 0.0 if waiting else A_WHILE)
+                    waiting = self._send(waiting, self._ways(waiting), sent, alone)
+                    self._one_by_one(alone, flying)
+                    again = self._collect(sent, 0.0 if waiting else A_WHILE, alone)
                     if self._seconds() == 0.0:
                         self._give_up(waiting + again, sent)
                         break
@@ -176,10 +184,14 @@ class Batch:
                 if link is not None:
                     ways[name] = client.learn(route, link)
 
-    def _send(self, places: Iterable[int], ways: dict[Name, Way], sent: list[Sent]) -> tuple[list[int], list[int]]:
-        """Sends what can go in frames. Returns the places of those that have no way yet, and of those to be called by their lanes."""
+    def _send(self, places: Iterable[int], ways: dict[Name, Way], sent: list[Sent], alone: list[int]) -> list[int]:
+        """Sends what can go in frames, and adds to `alone` the places of those that are to be called by their lanes.
+
+        Returns:
+            The places of those that have no way yet.
+        """
         by_host: dict[str, tuple[Link, list[tuple[int, Way]]]] = {}
-        waiting, alone = [], []
+        waiting = []
         for place in places:
             name = self._requests[place].name
             way = ways.get(name)
@@ -205,7 +217,7 @@ class Batch:
                 frames.append([(link, some) for some in self._parts(calls)])
         for several in itertools.zip_longest(*frames):  # in turn: all hosts are to have something to do
             sent += [self._frame(*frame) for frame in several if frame is not None]
-        return waiting, alone
+        return waiting
 
     def _parts(self, calls: list[tuple[int, Way]]) -> Iterator[list[tuple[int, Way]]]:
         """Calls by frames."""
@@ -242,18 +254,19 @@ class Batch:
 
     # Answers
 
-    def _collect(self, sent: list[Sent], patience: float) -> list[int]:
+    def _collect(self, sent: list[Sent], patience: float, alone: list[int]) -> list[int]:
         """Takes the answers, and leaves in `sent` what is not answered when one has been waited for so long (seconds).
 
         Returns:
-            The places of those that did not run, and are to be called once more.
+            The places of those that did not run, and are to be called once more. Those for which there was no room, or that are to be
+            cast to while they are busy, are added to `alone`: their lanes have them wait.
         """
         again: list[int] = []
         unanswered = []
         for frame in sent:
             try:
                 while frame.left:
-                    again += self._take(frame, self._next_answers(frame, patience))
+                    again += self._take(frame, self._next_answers(frame, patience), alone)
             except NoAnswer:
                 unanswered.append(frame)
                 patience = 0.0
@@ -275,10 +288,13 @@ class Batch:
             return frame.reply.get(0)
 
     def _seconds(self) -> float | None:
+        """How long somebody still waits; `None` for ever."""
+        if self._gone.is_set():
+            return 0.0
         return None if self._until == FOREVER else max(0.0, self._until - self._client.clock())
 
-    def _take(self, frame: Sent, raw: Raw) -> list[int]:
-        again = []
+    def _take(self, frame: Sent, raw: Raw, alone: list[int]) -> list[int]:
+        again, full = [], 0
         answers = wire.decode_answers(raw.message)
         for at, body, is_plain in answers:
             frame.left.discard(at)
@@ -291,9 +307,12 @@ class Batch:
                 opened = open_raw(Raw(bytes(body)))
                 if opened.answer.kind == "parcel":
                     opened = open_raw(frame.link.fetch(opened.answer.text).get(self._seconds()))
-                if opened.answer.kind in ("moved", "full"):
+                if opened.answer.kind == "moved":
                     self._client.outdate(request.name)
                     again.append(place)
+                elif opened.answer.kind == "full":
+                    alone.append(place)
+                    full += 1
                 else:
                     self._outcomes[place] = value_of(opened, request.name, request.method)
             except Down as down:
@@ -302,7 +321,7 @@ class Batch:
                 self._fail(place, self._timed_out(request))
             except Exception as error:  # the bird's own, or of a class that does not unpickle here
                 self._fail(place, errors.RemoteError(str(error), request.name) if is_plain else error)
-        self._came(len(answers) - len(again))
+        self._came(len(answers) - len(again) - full)
         return again
 
     def _take_back(self, sent: Iterable[Sent], flying: Iterable[tuple[int, CallFuture]]) -> None:
@@ -357,9 +376,11 @@ class Batch:
 
     # One by one
 
-    def _one_by_one(self, places: Sequence[int], flying: list[tuple[int, CallFuture]]) -> None:
-        """Through the lanes, all at once, as far as the window reaches. What flies is to be waited for."""
-        for place in places:
+    def _one_by_one(self, places: list[int], flying: list[tuple[int, CallFuture]]) -> None:
+        """Through the lanes, all at once, as far as the window reaches. None is left in `places`; what flies is to be waited for."""
+        todo = sorted(places)
+        places.clear()
+        for place in todo:
             request = self._requests[place]
             try:
                 if self._cast:
@@ -378,10 +399,23 @@ class Batch:
             flying.clear()
             return self._client.future(*request, self._seconds(), self._retry, self._lanes, self._chain)
 
+    def _is_there(self, future: CallFuture) -> bool:
+        """Waits a while for a result."""
+        try:
+            future.exception(A_WHILE)
+        except TimeoutError:
+            return future.done()
+        return True
+
     def _wait_for(self, flying: Iterable[tuple[int, CallFuture]]) -> None:
         for place, future in flying:
             try:
+                while not self._is_there(future):
+                    if self._gone.is_set():
+                        future.cancel()
                 self._outcomes[place] = future.result()
+            except CancelledError:
+                self._fail(place, self._timed_out(self._requests[place]))
             except Exception as error:  # the bird's own, whatever that is
                 self._fail(place, error)
             self._came(1)

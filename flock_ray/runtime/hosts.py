@@ -237,7 +237,7 @@ class Hosts:
                 end_unknown(word.pid)
         elif isinstance(word, wire.Refused):
             self._refused(word.host, word.why, word.times)
-        elif isinstance(word, wire.LifeRunning):
+        elif isinstance(word, wire.LifeBegins | wire.LifeRunning):
             return word
         elif isinstance(word, wire.LifeCrashed | wire.LifeExited | wire.LifeEnded):
             self._ended_of_itself(word)

@@ -31,6 +31,7 @@ from flock_ray.core.wire import (
     Call,
     EndOrder,
     HatchOrder,
+    LifeBegins,
     LifeCrashed,
     LifeEnded,
     LifeExited,
@@ -205,6 +206,8 @@ class HostedLife:
 
     def _make(self) -> None:
         """Loads the class and runs `__init__`; raises what it raises."""
+        if self.order.spec.options.start_timeout is not None:
+            self._host.says(LifeBegins(self.dot, self.born))
         self._loaded = self._host.loaded(self.order)
         args, kwargs = pickle.loads(self.order.spec.args)
         self.bird = self._loaded.cls(*args, **kwargs)

@@ -24,7 +24,7 @@ from flock_ray.core import events as ev
 from flock_ray.core import wire
 from flock_ray.core.wire import HatchOrder, LifeCrashed, LifeEnded, LifeRunning, Orders, encode
 from flock_ray.runtime import inside
-from flock_ray.runtime.batches import Batch, Request
+from flock_ray.runtime.batches import Batch, Caller, Request
 from flock_ray.runtime.mailbox import Arrivals
 from flock_ray.runtime.recorder import Recorded, Recorder, suspects
 from flock_ray.specs import Dot, Life, Options, Route, Spec, Stamp
@@ -113,12 +113,13 @@ class Many(Pair):
             self.world.hosts["light:h"] = self.link
             self.client.learn(route, self.link)
 
-    def hatch_only(self, cls, names, born=1, **kwargs):
+    def hatch_only(self, cls, names, born=1, start_timeout=None, **kwargs):
         """Has lives begun, and returns."""
         code = cloudpickle.dumps(cls)
         is_async = any(asyncio.iscoroutinefunction(getattr(cls, name)) for name in dir(cls))
+        options = Options(light=True, start_timeout=start_timeout)
         brought = '{"async": true}' if is_async else '{"async": false}'
-        spec = Spec("m", cls.__qualname__, cls.__qualname__, pickle.dumps(((), kwargs)), Options(light=True), brought, Stamp(0, 0), "r")
+        spec = Spec("m", cls.__qualname__, cls.__qualname__, pickle.dumps(((), kwargs)), options, brought, Stamp(0, 0), "r")
         orders = [HatchOrder("default", n, self.dot(n), born, spec, code, 0, 0, None, False) for n in names]
         for chunk in wire.chunks(orders):
             self.host.control(encode(Orders(chunk)))
@@ -128,7 +129,7 @@ class Many(Pair):
     def dot(n):
         return Dot(DOT.life, 1000 + n)
 
-    def many(self, requests, timeout=10.0, retry=False, cast=False):
+    def many(self, requests, timeout=10.0, retry=False, cast=False, caller=None):
         """The outcomes of a batch, with its errors in their places."""
         batch = Batch(
             self.client,
@@ -137,6 +138,7 @@ class Many(Pair):
             retry,
             cast,
             lambda _: None,
+            caller,
         )
         return batch.run()
 
@@ -538,6 +540,48 @@ def test_a_cast_to_a_busy_bird_is_waited_for_by_nobody(many):
     Counter.go.set()
     held.result(5)
     assert many.many([(n, "add") for n in range(50)]) == [2] * 50
+
+
+def test_a_cast_to_a_bird_that_another_keeps_busy_waits_in_its_mailbox(many):
+    other = threading.Thread(target=lambda: many.client.call(0, None, "hold", (), {}, 10.0, False))
+    other.start()
+    until(lambda: many.lives()[many.dot(0)]._turns.busy, "it is held up")
+    assert many.many([(n, "add") for n in range(50)], cast=True) == [None] * 50
+    until(lambda: many.lives()[many.dot(0)]._turns.waiting, "it waits there, and not with its caller")
+    Counter.go.set()
+    other.join(5)
+    assert many.many([(n, "add") for n in range(50)]) == [2] * 50
+
+
+def test_who_gives_a_batch_up_takes_back_what_has_not_begun(many):
+    held = many.client.future(0, None, "hold", (), {}, 10.0, False)
+    other = threading.Thread(target=lambda: many.client.call(1, None, "hold", (), {}, 10.0, False))
+    other.start()
+    until(lambda: all(many.lives()[many.dot(n)]._turns.busy for n in (0, 1)), "they are held up")
+    caller = Caller(many.client.lanes_here(), threading.Event())
+    threading.Timer(0.2, caller.gone.set).start()
+    began = time.monotonic()
+    outcomes = many.many([(0, "add", 5), (1, "add", 5), ("nowhere", "add"), (2, "add", 5)], timeout=None, caller=caller)
+    assert time.monotonic() - began < 3.5
+    assert all(isinstance(outcome, errors.CallTimeout) for outcome in outcomes[:3]) and outcomes[3] == 5
+    Counter.go.set()
+    held.result(5), other.join(5)
+    assert many.many([(n, "add") for n in range(3)]) == [1, 1, 6], "nothing of it has run since"
+
+
+def test_a_bird_with_a_start_timeout_says_when_its_time_begins(tmp_path):
+    made = Many(tmp_path, birds=0)
+    try:
+        made.hatch_only(Counter, [1], start_timeout=5.0)
+        made.hatch_only(Counter, [2])
+
+        def said(n):
+            return [type(word) for word in list(made.nest.words) if getattr(word, "dot", None) == made.dot(n)]
+
+        until(lambda: LifeRunning in said(1) and LifeRunning in said(2), "both run")
+        assert (said(1), said(2)) == ([wire.LifeBegins, LifeRunning], [LifeRunning])
+    finally:
+        made.close()
 
 
 def test_a_bird_is_stopped_while_others_block_all_threads(tmp_path):

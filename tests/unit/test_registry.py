@@ -19,7 +19,7 @@ from flock_ray.core.notices import CastLost
 from flock_ray.core.registry import BURST, GATHER, LITTLE, NAMES_A_STEP, Registry
 from flock_ray.core.replica import RECORDS, Replica
 from flock_ray.core.sync import Sync
-from flock_ray.core.wire import LifeCrashed, LifeEnded, LifeExited, LifeRunning
+from flock_ray.core.wire import LifeBegins, LifeCrashed, LifeEnded, LifeExited, LifeRunning
 from flock_ray.specs import Dot, Life, NodeRecord, Options, Spec, Stamp
 
 ME, PEER = Life("a", 1), Life("b", 1)
@@ -319,3 +319,24 @@ def test_a_broken_connection_has_the_node_probed_and_only_a_refusal_is_its_death
 def test_the_end_of_a_connection_to_a_nest_that_nobody_hears_says_nothing():
     pair = Pair(ME, PEER)
     assert not [effect for effect in pair.nests[ME].handle(ev.ConnectionBroken("c"), pair.now) if isinstance(effect, do.ProbeNode)]
+
+
+def test_the_time_a_light_bird_has_to_start_begins_with_its_init():
+    nest = Pair(ME)
+    own = spec(1)._replace(options=Options(light=True, start_timeout=5.0), request_id="r")
+    effects = nest.take(ME, ev.Start("r", "a", own, b"class", 1))
+    hatch = next(effect for effect in effects if isinstance(effect, do.Hatch))
+    assert not [effect for effect in nest.pass_time(20.0) if isinstance(effect, do.Kill)], "it waits for a thread"
+    nest.take(ME, LifeBegins(hatch.dot, hatch.born))
+    assert not [effect for effect in nest.pass_time(4.9) if isinstance(effect, do.Kill)]
+    assert [effect.dot for effect in nest.pass_time(0.2) if isinstance(effect, do.Kill)] == [hatch.dot]
+
+
+def test_the_time_another_bird_has_to_start_begins_with_its_process():
+    nest = Pair(ME)
+    own = spec(1)._replace(options=Options(start_timeout=5.0), request_id="r")
+    effects = nest.take(ME, ev.Start("r", "a", own, b"class", 1))
+    hatch = next(effect for effect in effects if isinstance(effect, do.Hatch))
+    nest.pass_time(4.0)
+    nest.take(ME, LifeBegins(hatch.dot, hatch.born))
+    assert [effect.dot for effect in nest.pass_time(1.1) if isinstance(effect, do.Kill)] == [hatch.dot]
