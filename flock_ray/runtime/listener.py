@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 SLOW = 0.005  # seconds a method may run on the thread that reads; more holds other callers up for longer, less hands over more often
 TOGETHER = 0.001  # seconds within which answers to calls that came together go together
+UNNEEDED = 10.0  # seconds after which a thread ends that was not needed
+FOLLOWERS = 4  # that stay all the same
 IDLE = 0.1  # seconds without a call after which the watchdog sleeps until the next: awake it costs 1 % of a CPU, woken 50 us
 PATIENCE = 5.0  # seconds for the proof
 STRANGERS = 256  # connections at a time that have not proved anything yet
@@ -347,8 +349,8 @@ class Listener:
 
     def _work(self, leads: bool) -> None:
         while True:
-            if not leads:
-                self._baton.acquire()
+            if not leads and not self._is_wanted():
+                return
             me = self._leader = threading.get_ident()
             while self._leader == me:
                 try:
@@ -358,6 +360,15 @@ class Listener:
             with self._lock:
                 self._followers += 1
             leads = False
+
+    def _is_wanted(self) -> bool:
+        """Waits, as a follower, until it is to lead. False: it has been for nothing, and there are others."""
+        while not self._baton.acquire(timeout=UNNEEDED):
+            with self._lock:
+                if self._followers > FOLLOWERS:
+                    self._followers -= 1
+                    return False
+        return True
 
     def _lead(self, me: int) -> None:
         if self._mailbox:

@@ -23,7 +23,7 @@ from flock_ray import errors
 from flock_ray.core import events as ev
 from flock_ray.core import wire
 from flock_ray.core.wire import HatchOrder, LifeCrashed, LifeEnded, LifeRunning, Orders, encode
-from flock_ray.runtime import inside
+from flock_ray.runtime import inside, listener
 from flock_ray.runtime.batches import Batch, Caller, Request
 from flock_ray.runtime.mailbox import Arrivals
 from flock_ray.runtime.recorder import Recorded, Recorder, suspects
@@ -567,6 +567,22 @@ def test_who_gives_a_batch_up_takes_back_what_has_not_begun(many):
     Counter.go.set()
     held.result(5), other.join(5)
     assert many.many([(n, "add") for n in range(3)]) == [1, 1, 6], "nothing of it has run since"
+
+
+def test_threads_that_are_not_needed_any_more_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(listener, "UNNEEDED", 0.1)
+    made = Many(tmp_path, threads=20)
+    try:
+        Counter.go.clear()
+        holding = threading.Thread(target=lambda: made.many([(n, "hold") for n in range(20)]))
+        holding.start()
+        until(lambda: sum(made.lives()[made.dot(n)]._turns.busy for n in range(20)) == 20, "each has a thread")
+        Counter.go.set()
+        holding.join(5)
+        until(lambda: made.host._listener._followers <= listener.FOLLOWERS, "they have ended")
+        assert made.many([(n, "add") for n in range(50)]) == [1] * 50
+    finally:
+        made.close()
 
 
 def test_a_bird_with_a_start_timeout_says_when_its_time_begins(tmp_path):
