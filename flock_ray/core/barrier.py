@@ -84,8 +84,8 @@ class Barrier:
             return set()
         changed = {name for name in table.keys() | self._table.keys() if table.get(name, "") != self._table.get(name, "")}
         self._table, self._unanimous = table, None
-        me = self._membership.me.node
-        elsewhere = {name for name in changed if table.get(name, me) != me}
+        me, ring = self._membership.me.node, self._membership.placement.ring
+        elsewhere = {name for name in changed if (table[name] if name in table else ring.owner(name)) != me}
         for clearance in self.clearances.values():
             clearance.placed -= elsewhere
             clearance.lost |= elsewhere

@@ -81,6 +81,9 @@ class MemberDead:
     life: Life
 
 
+Found: TypeAlias = Literal["up", "refused", "silent"]
+
+
 @dataclass(frozen=True, slots=True)
 class ConnectionBroken:
     """The connection to the nest of a node has ended, or nobody listens there any more."""
@@ -93,7 +96,7 @@ class NodeProbed:
     """The answer to `ProbeNode`: does the raylet of that nest's node accept connections (`up`), refuse them, or say nothing? (M5)"""
 
     life: Life
-    found: Literal["up", "refused", "silent"]
+    found: Found
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,15 @@ something else. Bodies with content of the replica are pickled as columns (`core
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from flock_ray.core.messages import Body, Envelope
 from flock_ray.specs import Life
 
 TOGETHER = 1_000_000  # bytes of bodies in one part, unless one body alone is longer
+AT_ONCE, SHORT = 64, 20_000  # at most so many letters, or bytes of them and one more, are taken in at once
 
 
 class Bodies:
@@ -66,6 +68,43 @@ def unpack(data: bytes | memoryview, me: Life) -> Iterator[tuple[Envelope, int]]
             raise ValueError(f"this is no letter: {error}") from error
         if addressee == me:
             yield Envelope(origin, number, accepts, _read(body), third), len(body)
+
+
+class Letterbox:
+    """Letters that have come and are not read yet, in order.
+
+    Args:
+        me: whose it is.
+        unreadable: is told why what follows in the same part cannot be read. It is lost, as on any network.
+    """
+
+    def __init__(self, me: Life, unreadable: Callable[[Exception], object]) -> None:
+        self._me = me
+        self._unreadable = unreadable
+        self._parts: deque[Iterator[tuple[Envelope, int]]] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def add(self, packed: bytes | memoryview) -> None:
+        self._parts.append(unpack(packed, self._me))
+
+    def take(self) -> list[Envelope]:
+        """Some that are short, or one: what follows of all of them is looked at once."""
+        taken: list[Envelope] = []
+        length = 0
+        while self._parts and length < SHORT and len(taken) < AT_ONCE:
+            try:
+                envelope, size = next(self._parts[0])
+            except StopIteration:
+                self._parts.popleft()
+            except Exception as error:  # what a pickle raises may be anything
+                self._parts.popleft()
+                self._unreadable(error)
+            else:
+                taken.append(envelope)
+                length += size
+        return taken
 
 
 def _read(data: bytes | memoryview) -> Any:

@@ -415,6 +415,7 @@ class Registry:
             self.mark(self.replica.birds.within(gained))
         else:
             self.waiting.update(self.replica.birds.within(gained))  # looked at when the others have answered
+            self.mark_cleared()  # or now: nobody else may be left
         self.mark(placement.table())
         self.mark(self.desk.names())
 

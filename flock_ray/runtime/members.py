@@ -99,6 +99,12 @@ class Members:
         self._known.add(str(member.addr))
         self._tell(member, MemberAlive)
 
+    def confirm(self, life: Life) -> None:
+        """Was it wrong that a nest is gone? It is told anew if it is heard: of what it goes on hearing the detector says nothing."""
+        for member in self._cluster.members():
+            if (member.meta.get("node"), member.meta.get("number")) == (life.node, str(life.number)):
+                self._alive(member)
+
     def _tell(self, member: kinship.Member, kind: type[MemberAlive] | type[MemberDead]) -> None:
         if "node" not in member.meta:
             return

@@ -16,10 +16,10 @@ import sys
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import ray
@@ -37,7 +37,7 @@ from flock_ray.runtime.hosts import Hosts
 from flock_ray.runtime.listener import NEST_SOCKET, Refusals
 from flock_ray.runtime.loglines import LogLines
 from flock_ray.runtime.members import Members
-from flock_ray.runtime.peers import Door, Wire, Wires
+from flock_ray.runtime.peers import Door, Wire, Wires, probe
 from flock_ray.runtime.tls import contexts
 from flock_ray.specs import Dot, Life, Name, brought
 
@@ -46,11 +46,11 @@ T = TypeVar("T")
 logger = logging.getLogger("flock_ray.nest")
 
 POLL = 1.0  # seconds between looks at Ray's node table, which costs it a millisecond
+CONFIRM = 10.0  # seconds after which the failure detector knows, too, that a nest is gone whose node refused to be connected to
 PROBE = 0.5  # seconds until a raylet that does not answer counts as cut off
 SHARE_SETTLES = 1.0  # seconds: in a burst of changes the load is told once
 FLUSH = 0.005  # seconds between messages to a peer: one costs 1 to 3 ms of CPU as a Ray call, so in a burst they are sent together
 READING = 0.02  # seconds for which letters are read before others have their turn
-LETTERS, SHORT = 64, 20_000  # at most so many letters, or bytes of them and one more, are taken in at once
 MANY = 1_000  # birds in an answer, to be pickled in a thread
 WRITTEN = 5_000  # names, after which the garbage collector is told to leave alone what there is
 SOON = 1.0  # seconds that birds started together are waited for together
@@ -78,7 +78,7 @@ class Nest:
         self._peers: dict[str, ActorHandle[Any]] = {}
         self._finding: set[str] = set()
         self._outbox: dict[str, list[tuple[Life, msg.Envelope]]] = {}
-        self._inbox: deque[Iterator[tuple[msg.Envelope, int]]] = deque()
+        self._letterbox: letters.Letterbox | None = None
         self._replies: dict[str, Callable[[ev.Outcome], object]] = {}
         self._flushed = 0.0  # when, on the loop's clock
         self._flush_timer: asyncio.TimerHandle | None = None
@@ -134,6 +134,7 @@ class Nest:
         self._hosts.begin(life, node.cpus if node is not None else 1)
         self._members = Members(life, self._record.life, self._record.secret, ip, door, self._config, self._handle)
         self._registry = Registry(life, self._config, random.Random().random)
+        self._letterbox = letters.Letterbox(life, lambda error: logger.error("letters of another nest could not be read", exc_info=error))
         await self._members.start()
         mine = node if node is not None else cluster.Node(self._node, ip, 0, (), ())
         booted = ev.Booted(cluster.node_record(life, mine, self._members.address), tuple(adopted), tuple(exits))
@@ -338,18 +339,10 @@ class Nest:
     async def _probe(self, life: Life) -> None:
         """Does the raylet of a node accept connections? (M5)"""
         node = self._nodes.get(life.node)
-        found: Literal["up", "refused", "silent"] = "silent"
-        if node is not None:
-            try:
-                connecting = asyncio.open_connection(node.ip, node.raylet_port)
-                _, writer = await asyncio.wait_for(connecting, PROBE)
-                writer.close()
-                found = "up"
-            except ConnectionRefusedError:
-                found = "refused"
-            except (OSError, TimeoutError):
-                found = "silent"
+        found = await probe(node.ip, node.raylet_port, PROBE) if node is not None else "silent"
         self._handle(ev.NodeProbed(life, found))
+        if found == "refused" and self._members is not None:
+            self._loop.call_later(CONFIRM, self._members.confirm, life)
 
     def _do_Demand(self, effect: do.Demand) -> None:
         bundles = [dict(bundle) for bundle in effect.bundles]
@@ -531,41 +524,33 @@ class Nest:
         self._take_letters(packed)
 
     def _take_letters(self, packed: bytes | memoryview) -> None:
-        if self._registry is None:
+        if self._letterbox is None:
             return
-        self._inbox.append(letters.unpack(packed, self._registry.me))
-        if len(self._inbox) == 1:
-            self._read_letters()
+        was_empty = not self._letterbox
+        self._letterbox.add(packed)
+        if was_empty:
+            self._read_letters(self._letterbox)
 
-    def _read_letters(self) -> None:
+    def _read_letters(self, letterbox: letters.Letterbox) -> None:
         """Reads letters in the order in which they came, and leaves the loop to others now and then: a burst brings many."""
         until = time.monotonic() + READING
-        while self._inbox:
-            received = self._next_letters()
+        while letterbox:
+            envelopes = letterbox.take()
             try:
-                self._handle(*received)
+                self._handle(*map(ev.Received, envelopes))
             except Exception:
-                logger.exception("messages of other nests could not be taken in, the first of %s", received[0].envelope.sender)
-            if self._inbox and time.monotonic() >= until:
-                self._loop.call_soon(self._read_letters)
+                self._read_singly(envelopes)
+            if letterbox and time.monotonic() >= until:
+                self._loop.call_soon(self._read_letters, letterbox)
                 return
 
-    def _next_letters(self) -> list[ev.Received]:
-        """Some that are short, or one: what follows of all of them is looked at once."""
-        received: list[ev.Received] = []
-        length = 0
-        while self._inbox and length < SHORT and len(received) < LETTERS:
+    def _read_singly(self, envelopes: Iterable[msg.Envelope]) -> None:
+        """One of them cannot be taken in. Some have been: letters may come twice, as on any network."""
+        for envelope in envelopes:
             try:
-                letter = next(self._inbox[0], None)
-            except ValueError:
-                logger.exception("letters of another nest could not be read")  # they are lost, as on any network
-                letter = None
-            if letter is None:
-                self._inbox.popleft()
-                continue
-            received.append(ev.Received(letter[0]))
-            length += letter[1]
-        return received
+                self._handle(ev.Received(envelope))
+            except Exception:
+                logger.exception("a message of nest %s could not be taken in", envelope.sender)
 
     async def host_says(self, word: bytes) -> bytes | None:
         said = pickle.loads(word)

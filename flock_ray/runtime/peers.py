@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import cast
 
 from flock_ray.core.connection import NEST_BODY, Connection, ProtocolError, frame
+from flock_ray.core.events import Found
 from flock_ray.runtime.listener import BACKLOG, NO_PROOF, PATH_LIMIT, PATIENCE, STRANGERS, UNREAD, bind, keep_alive
 
 CONNECT = 2.0  # seconds for a connection; what is to be sent meanwhile waits
@@ -264,6 +265,18 @@ class Wires:
         with contextlib.suppress(KeyError):
             while self._wires:
                 self._wires.popitem()[1].end("")
+
+
+async def probe(ip: str, port: int, seconds: float) -> Found:
+    """Does somebody listen there? `silent` if nothing is heard in time, or there is no way."""
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(ip, port), seconds)
+    except ConnectionRefusedError:
+        return "refused"
+    except (OSError, TimeoutError):
+        return "silent"
+    writer.close()
+    return "up"
 
 
 def _ignore(wire: Wire, kind: int, number: int, body: bytes) -> None:

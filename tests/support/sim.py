@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from flock_ray.config import Config
 from flock_ray.core import effects as do
@@ -32,6 +32,7 @@ from flock_ray.core.registry import Registry
 from flock_ray.specs import Dot, Life, Name, NodeRecord, Options, Spec, Stamp
 
 CONFIG = Config(settle=0.2, nest_grace=6.0, bootstrap_wait=2.0, retry_interval=0.4, sync_interval=1.5, lookup_timeout=1.0)
+CONFIRM = 4.0  # seconds after which the detector is asked whether it still hears one whose node refused
 HOST_PATIENCE = 0.7 * CONFIG.nest_grace  # hosts end their birds earlier than their nest's peers give the nest up
 
 
@@ -93,6 +94,8 @@ class Node:
     hears: dict[Life, str] = field(default_factory=dict)
     last_ok: dict[Life, float] = field(default_factory=dict)
     deaf_until: dict[Life, float] = field(default_factory=dict)
+    refuses_until: float = 0.0  # its raylet's port, to whoever probes it
+    letterbox: letters.Letterbox = field(default_factory=lambda: letters.Letterbox(Life("", 0), print))
 
     @property
     def id(self) -> str:
@@ -114,14 +117,18 @@ class Mix:
 
 
 MIXES: dict[str, Mix] = {
-    "all": Mix(4, 3, 3, dict(reset=0.5, start=4, stop=2, crash=2, exit=1, nest=2, die=1, join=2, cut=1.5, heal=2, wrong=1.5, restart=1)),
+    "all": Mix(
+        4, 3, 3, dict(refuse=0.5, reset=0.5, start=4, stop=2, crash=2, exit=1, nest=2, die=1, join=2, cut=1.5, heal=2, wrong=1.5, restart=1)
+    ),
     "calls": Mix(3, 3, 3, dict(start=4, stop=3, crash=2, exit=2, restart=1)),
-    "flap": Mix(2, 2, 2, dict(start=2, stop=1, wrong=6, crash=1)),
+    "flap": Mix(2, 2, 2, dict(refuse=0.5, start=2, stop=1, wrong=6, crash=1)),
     "moves": Mix(4, 2, 4, dict(reset=0.5, start=3, stop=1, join=3, die=1, crash=1), loss=0.1, double=0.2),
     "split": Mix(4, 4, 3, dict(start=3, stop=2, cut=3, heal=2, crash=1, exit=0.5)),
-    "nests": Mix(3, 3, 3, dict(reset=0.5, start=3, stop=2, nest=4, exit=1.5, crash=1, wrong=0.5)),
+    "nests": Mix(3, 3, 3, dict(refuse=0.5, reset=0.5, start=3, stop=2, nest=4, exit=1.5, crash=1, wrong=0.5)),
     "churn": Mix(5, 2, 2, dict(reset=0.5, start=2, stop=2, die=2, join=4, nest=1)),
     "placed": Mix(4, 3, 4, dict(start=5, stop=3, join=1, die=0.5, wrong=1, nest=1), demands=True),
+    "last": Mix(2, 2, 4, dict(start=5, stop=1, die=0.5), demands=True),
+    "again": Mix(2, 2, 2, dict(start=5, stop=3), demands=True),
     "quiet": Mix(3, 3, 4, dict(start=4, stop=2), loss=0.0, double=0.0),
 }
 
@@ -147,6 +154,7 @@ class World:
         self.fresh_starts = 0
         self.calming = False
         rng = self.rng
+        self.groups = rng.choice([0.0, 0.03])  # seconds for which letters gather until a busy nest reads them
         self.nodes = [
             Node(i, rng.choice([1, 2, 4]), (("GPU", float(rng.choice([0, 1, 2]))),), rng.uniform(0.97, 1.03), rng.uniform(0, 50),
                  rng.randrange(10**9, 10**10))
@@ -183,6 +191,7 @@ class World:
         me = Life(node.id, node.life)
         node.nest = self.registry(me, self.config, random.Random(self.rng.random()).random)
         self._note_removals(node.nest)
+        node.letterbox = letters.Letterbox(me, self._unreadable)
         node.was_ready, node.dead_verdicts, node.probed_down, node.wrongly_dying = False, set(), set(), set()
         node.hears, node.last_ok, node.deaf_until = {}, {}, {}
         adopted = [
@@ -195,6 +204,9 @@ class World:
         record = NodeRecord(me, node.cpus, node.resources)
         self.handle(node, ev.Booted(record, tuple(adopted), exits))
 
+    def _unreadable(self, error: Exception) -> None:
+        raise Violation("letters cannot be read") from error
+
     def _note_removals(self, nest: Registry) -> None:
         """What a nest removes may not come back, and is not lost."""
         remove = nest.remove
@@ -206,12 +218,12 @@ class World:
 
         nest.remove = noted  # type: ignore[method-assign]  # a wire tap
 
-    def handle(self, node: Node, event: ev.Event) -> None:
+    def handle(self, node: Node, *events: ev.Event) -> None:
         nest = node.nest
         if nest is None:
             return
         node.held = set(nest.holds.lives)
-        effects = nest.handle(event, self.clock(node))
+        effects = nest.handle_all(events, self.clock(node))
         self._watch(node, nest)  # first: a verdict and what follows from it may come of one event
         for effect in effects:
             getattr(self, f"_do_{type(effect).__name__}")(node, nest, effect)
@@ -285,8 +297,15 @@ class World:
             value, who = self.must[body.dot]
             if body.record.state == str(value).encode():
                 who.add(to.index)
-        for envelope, _ in letters.unpack(packed, to.nest.me):
-            self.handle(to, ev.Received(envelope))
+        was_empty = not to.letterbox
+        to.letterbox.add(packed)
+        if was_empty:
+            self.at(self.rng.uniform(0, self.groups), lambda: self._read(to, to.letterbox))
+
+    def _read(self, node: Node, letterbox: letters.Letterbox) -> None:
+        """Takes in what has come, many letters at a time, unless the nest they were for is gone."""
+        while letterbox and letterbox is node.letterbox:
+            self.handle(node, *map(ev.Received, letterbox.take()))
 
     def _do_Hatch(self, node: Node, nest: Registry, effect: do.Hatch) -> None:
         for other in self.nodes:
@@ -378,15 +397,23 @@ class World:
     def _do_ProbeNode(self, node: Node, nest: Registry, effect: do.ProbeNode) -> None:
         other = self.node(effect.life)
         pair = (node.index, other.index)
-        up = other.alive and pair not in self.cuts and pair[::-1] not in self.cuts
+        refuses = other.refuses_until > self.time
+        up = other.alive and not refuses and pair not in self.cuts and pair[::-1] not in self.cuts
         if up:
             node.probed_down.discard(effect.life)
         else:
             node.probed_down.add(effect.life)
         life = nest.me
         delay = self.rng.uniform(0.001, 0.5)
-        found: Literal["up", "refused", "silent"] = "up" if up else "silent" if other.alive else "refused"
-        self.at(delay, lambda: self.handle(node, ev.NodeProbed(effect.life, found)) if node.nest and node.nest.me == life else None)
+        found: ev.Found = "up" if up else "silent" if other.alive and not refuses else "refused"
+
+        def tell(event: ev.Event) -> None:
+            if node.nest is not None and node.nest.me == life:
+                self.handle(node, event)
+
+        self.at(delay, lambda: tell(ev.NodeProbed(effect.life, found)))
+        if found == "refused":
+            self.at(CONFIRM, lambda: tell(ev.MemberAlive(effect.life)) if node.hears.get(effect.life) == "alive" else None)
 
     def _break_connections(self, gone: Node) -> None:
         """Who can hear it hears soon that the nest's process is gone, but not always."""
@@ -482,7 +509,7 @@ class World:
         demand = self.mix.demands and rng.random() < 0.7
         options = Options(
             restart=rng.choice(["transient", "permanent", "temporary"]), moves=rng.random() < 0.8, max_restarts=50,
-            num_gpus=rng.choice([0.5, 1.0]) if demand else 0.0, ack=rng.choice(["local", "peer"]),
+            num_gpus=rng.choice([0.5, 1.0]) if demand else 0.0, light=not demand and rng.random() < 0.3, ack=rng.choice(["local", "peer"]),
         )  # fmt: skip
         spec = Spec("m", "C", Id(f"code{rng.randrange(3)}"), b"%d" % rng.randrange(5), options, None, Stamp(0, 0), f"s{len(self.requests)}")
         wall = node.wall + int(self.time * 1e9)
@@ -590,6 +617,14 @@ class World:
         node = self._some([n for n in self.nodes if n.nest is not None])
         if node is not None:
             self._tell_broken(node, self.rng.choice([other for other in self.nodes if other is not node]))
+
+    def _fault_refuse(self) -> None:
+        """A firewall rejects what goes to a raylet, and to nothing else of its node, for a while; and a connection to its nest breaks."""
+        nodes = [n for n in self.nodes if n.nest is not None]
+        if len(nodes) > 1:
+            node, other = self.rng.sample(nodes, 2)
+            other.refuses_until = self.time + 2.0
+            self._tell_broken(node, other)
 
     # A schedule
 

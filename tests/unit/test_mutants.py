@@ -175,6 +175,27 @@ def code_is_never_asked_for(patch):
     patch.setattr(replica.Replica, "take_code", lambda self, code: None)
 
 
+def those_that_nobody_has_to_clear_wait(patch):
+    whole = registry.Registry.mark_cleared
+    patch.setattr(registry.Registry, "mark_cleared", lambda self: whole(self) if len(self.membership.view) > 1 else None)
+
+
+def a_name_without_demands_counts_as_mine(patch):
+    """Whoever it belongs to by the ring: found by a hostile reader, who saw two lives in a whole cluster."""
+    whole = barrier.Barrier.placement_changed
+
+    def placement_changed(self):
+        kept = {life: (set(clearance.placed), set(clearance.lost)) for life, clearance in self.clearances.items()}
+        changed = whole(self)
+        free = {name for name in changed if name not in self._table}
+        for life, (placed, lost) in kept.items():
+            self.clearances[life].placed |= placed & free
+            self.clearances[life].lost -= free - lost
+        return changed
+
+    patch.setattr(barrier.Barrier, "placement_changed", placement_changed)
+
+
 MUTANTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
     (join_ignores_the_context, "all calls"),
     (no_barrier, "moves all"),
@@ -198,6 +219,8 @@ MUTANTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
     (a_stop_ends_nothing, "calls"),
     (a_kept_life_is_not_raised, "flap split all"),
     (code_is_never_asked_for, "calls"),
+    (those_that_nobody_has_to_clear_wait, "last"),
+    (a_name_without_demands_counts_as_mine, "again"),
 ]
 
 

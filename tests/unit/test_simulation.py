@@ -5,7 +5,10 @@ import pytest
 from flock_ray.core import registry
 from tests.support.sim import MIXES, schedule
 
-SCHEDULES = {"all": 200, "calls": 60, "flap": 120, "moves": 160, "split": 120, "nests": 120, "churn": 100, "placed": 100, "quiet": 20}
+SCHEDULES = {
+    "all": 180, "calls": 60, "flap": 100, "moves": 140, "split": 120, "nests": 100, "churn": 80, "placed": 100, "last": 60, "again": 40,
+    "quiet": 20,
+}  # fmt: skip
 BATCH = 20
 
 
