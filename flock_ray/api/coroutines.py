@@ -6,8 +6,11 @@ Each is documented at its namesake in `flock_ray.api.flock.Flock`. Cancelling on
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 from flock_ray.api.batches import Batches
@@ -156,7 +159,7 @@ class AioFlock(Batches):
 
     async def shutdown(self) -> None:
         """As `Flock.shutdown`."""
-        await asyncio.to_thread(let_go, self.name)
+        await in_thread(let_go, self.name)
 
     async def destroy(self) -> None:
         """As `Flock.destroy`."""
@@ -167,7 +170,7 @@ class AioFlock(Batches):
 
     async def start_many(self, birds: Iterable[Any], *, return_exceptions: bool = False, progress: bool = False) -> list[Bird[Any]]:
         """As `Flock.start_many`."""
-        return await asyncio.to_thread(self._start_many, {}, birds, return_exceptions, progress)
+        return await in_thread(self._start_many, {}, birds, return_exceptions, progress)
 
     async def call_many(
         self,
@@ -187,7 +190,7 @@ class AioFlock(Batches):
 
     async def stop_many(self, names: Iterable[Name | Bird[Any]], *, return_exceptions: bool = False, progress: bool = False) -> list[None]:
         """As `Flock.stop_many`."""
-        return await asyncio.to_thread(self._stop_many, names, return_exceptions, progress)
+        return await in_thread(self._stop_many, names, return_exceptions, progress)
 
     async def ask_all(
         self,
@@ -208,10 +211,19 @@ class AioFlock(Batches):
         """Makes a batch in a thread, for who runs here; cancelled, what of it has not begun is taken back (C5)."""
         caller = Caller(client_of(self.name).lanes_here(), threading.Event())
         try:
-            return await asyncio.to_thread(make, *args, caller)
+            return await in_thread(make, *args, caller)
         except asyncio.CancelledError:
             caller.gone.set()
             raise
+
+
+async def in_thread(work: Callable[..., T], *args: Any) -> T:
+    """Runs what blocks in a thread of its own. A pool's may all be taken by batches that wait for birds that wait for batches."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="flock_ray batch")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, partial(contextvars.copy_context().run, work, *args))
+    finally:
+        pool.shutdown(wait=False)
 
 
 class AioStarter:
@@ -231,4 +243,4 @@ class AioStarter:
 
     async def start_many(self, birds: Iterable[Any], *, return_exceptions: bool = False, progress: bool = False) -> list[Bird[Any]]:
         """As `flock_ray.start_many`, with these options."""
-        return await asyncio.to_thread(self._flock._start_many, self._given, birds, return_exceptions, progress)
+        return await in_thread(self._flock._start_many, self._given, birds, return_exceptions, progress)

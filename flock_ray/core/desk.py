@@ -280,7 +280,8 @@ class Desk:
         detail, state = "", "unknown here"
         if winner is not None:
             status = winner[1].status
-            state = status.state if status is not None else "pending"
+            lives = status is not None and (status.life in self._nest.membership.view or status.state == "failed")
+            state = status.state if status is not None and lives else "pending"
             reason = (status.reason if status is not None else "") or self._nest.membership.placement.reason(name)
             state += f" ({reason})" if reason and state == "pending" else ""
             detail = status.error if status is not None else ""

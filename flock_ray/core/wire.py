@@ -305,19 +305,24 @@ class Orders(NamedTuple):
 def chunks(orders: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
     """Parts of a long list of orders that are sent one by one: a host reads none of its callers' messages while it reads one."""
     chunk: list[Any] = []
-    size, code = 0, b""
+    size, code = 0, None
     for order in orders:
-        long = 0
-        if isinstance(order, HatchOrder):
-            long = len(order.spec.args) + len(order.state or b"") + (len(order.code) if not chunk or order.code is not code else 0)
-            code = order.code
-        if chunk and (len(chunk) >= ORDERS or size + long > LONG_ORDERS):
+        length = _length(order, code)
+        if chunk and (len(chunk) >= ORDERS or size + length > LONG_ORDERS):
             yield tuple(chunk)
-            chunk, size = [], 0
+            chunk, size, length = [], 0, _length(order, None)
         chunk.append(order)
-        size += long
+        size += length
+        code = order.code if isinstance(order, HatchOrder) else code
     if chunk:
         yield tuple(chunk)
+
+
+def _length(order: Any, code: bytes | None) -> int:
+    """Bytes of what may be long in an order, where a code goes with it already."""
+    if not isinstance(order, HatchOrder):
+        return 0
+    return len(order.spec.args) + len(order.state or b"") + (len(order.code) if order.code is not code else 0)
 
 
 class LeaveOrder(NamedTuple):

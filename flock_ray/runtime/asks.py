@@ -12,7 +12,7 @@ import contextlib
 import pickle
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -35,7 +35,6 @@ PARTS = 4  # such messages under way
 TOLD = 2.0  # seconds within which all nests have heard of a stop
 OTHER = 10.0  # seconds another nest is given, before this node's is asked: it may hang
 PATIENCE = 1.0  # seconds a nest is asked to wait for many birds to run, until it is asked again
-LOOKED_UP = 5.0  # seconds it may take if it has to ask other nests for them
 REMEMBERED = 65_536  # names whose last dot is kept
 
 _DEFAULTS = Config()
@@ -145,13 +144,21 @@ class Asks:
             return [(None, list(range(len(names))))]
         return await self._owners.of(names)
 
-    async def routes(self, names: Sequence[Name], until: float) -> AsyncIterator[tuple[Sequence[Name], ev.Routes]]:
-        """Where birds can be called, part by part, as parts come; waits for those that do not run yet, a second at most."""
+    async def routes(
+        self, names: Sequence[Name], until: float, dots: Mapping[Name, Dot]
+    ) -> AsyncIterator[tuple[Sequence[Name], ev.Routes]]:
+        """Where birds can be called, part by part, as parts come; waits for those that do not run yet, a second at most.
+
+        Args:
+            dots: what is known of some of them: the answers take them into account (C3).
+        """
         left = max(0.0, until - self._clock())
-        patience, longest = min(PATIENCE, left), min(LOOKED_UP, left)
+        patience = min(PATIENCE, left)
+        longest = min(PATIENCE + 2 * (self._config or _DEFAULTS).lookup_timeout, left)  # other nests may have to be asked
 
         async def part(nest: NestLink | None, some: list[Name]) -> tuple[list[Name], Raw | None]:
-            packed = pickle.dumps((some, patience), protocol=5)
+            known = {place: dot for place, name in enumerate(some) if (dot := dots.get(name) or self.written(name)) is not None}
+            packed = pickle.dumps((some, patience, known), protocol=5)
             return some, await self._deliver(lambda nest: nest.routes(packed), self._clock() + longest, nest)
 
         tasks = [

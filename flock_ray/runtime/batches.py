@@ -113,13 +113,13 @@ class Batch:
                     waiting = self._send(waiting, self._ways(waiting), sent, alone)
                     self._one_by_one(alone, flying)
                     again = self._collect(sent, 0.0 if waiting else A_WHILE, alone)
-                    if self._seconds() == 0.0:
-                        self._give_up(waiting + again, sent)
-                        break
                     waiting = sorted(waiting + again)
                     if waiting:
-                        time.sleep(max(0.0, began + pause - time.monotonic()))
+                        self._sleep(began + pause - time.monotonic())
                         pause = min(2 * pause, LONGEST_PAUSE)
+                    if self._seconds() == 0.0:
+                        self._give_up(waiting, sent)
+                        break
                 self._one_by_one(alone, flying)
                 self._wait_for(flying)
             except BaseException:  # an interrupt
@@ -161,14 +161,19 @@ class Batch:
             else:
                 unknown.append(name)
         if unknown:
-            client.courier.run(self._find(unknown, ways))
+            try:
+                client.courier.run(self._find(unknown, ways))
+            except errors.FlockError as error:  # of those that are still unknown: the others are called, or have been
+                text = "no nest has answered in time" if isinstance(error, errors.CallTimeout) else str(error)
+                self._refused.update((name, ev.Refused(type(error).__name__, text, name)) for name in unknown if name not in ways)
         return ways
 
     async def _find(self, names: Sequence[Name], ways: dict[Name, Way]) -> None:
         client = self._client
         await client.asks.config()
         links: dict[str, Link | None] = {}
-        async for part, routes in client.asks.routes(names, self._until):
+        dots = {request.name: request.dot for request in self._requests if request.dot is not None}
+        async for part, routes in client.asks.routes(names, self._until, dots):
             self._refused.update((part[place], refused) for place, refused in routes.refused.items())
             for name, row in zip(part, routes.rows, strict=True):
                 if row is None:
@@ -197,10 +202,10 @@ class Batch:
             way = ways.get(name)
             if way is None:
                 refused = self._refused.get(name)
-                if refused is None or refused.error == "CallTimeout":
+                if self._cast:
+                    alone.append(place)  # nobody waits until it runs
+                elif refused is None or refused.error == "CallTimeout":
                     waiting.append(place)
-                elif self._cast:
-                    alone.append(place)  # its nest is to say that it is lost
                 else:
                     self._fail(place, named_error(refused.error, refused.message, name, refused.detail))
                     self._came(1)
@@ -286,6 +291,10 @@ class Batch:
                 if frame.reply.done:
                     break
             return frame.reply.get(0)
+
+    def _sleep(self, seconds: float) -> None:
+        left = self._seconds()
+        time.sleep(max(0.0, seconds if left is None else min(seconds, left)))
 
     def _seconds(self) -> float | None:
         """How long somebody still waits; `None` for ever."""

@@ -35,7 +35,7 @@ from flock_ray.core.wire import (
     encode_answers,
 )
 from flock_ray.runtime.generators import Reading
-from flock_ray.runtime.host import FORGOTTEN, HostBoot, extend_path, label_output
+from flock_ray.runtime.host import FORGOTTEN, HostBoot, extend_path, label_output, log
 from flock_ray.runtime.inside import cycle_text
 from flock_ray.runtime.life import ALIVE, FULL, MOVED, HostedLife, Response, State, refusal
 from flock_ray.runtime.life_async import AsyncHost, AsyncLife
@@ -397,7 +397,10 @@ class LightHost(AsyncHost):
         match head:
             case Orders():
                 for order in head.orders:
-                    self.obey(order)
+                    try:
+                        self.obey(order)
+                    except Exception:
+                        log.exception("a host could not obey %s; it goes on with the next order", type(order).__name__)
             case HatchOrder():
                 self._hatch(head)
             case EndAllOrder():

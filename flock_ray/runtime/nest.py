@@ -16,7 +16,7 @@ import sys
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
@@ -53,7 +53,6 @@ FLUSH = 0.005  # seconds between messages to a peer: one costs 1 to 3 ms of CPU 
 READING = 0.02  # seconds for which letters are read before others have their turn
 MANY = 1_000  # birds in an answer, to be pickled in a thread
 WRITTEN = 5_000  # names, after which the garbage collector is told to leave alone what there is
-SOON = 1.0  # seconds that birds started together are waited for together
 NOTICES = 1000  # the latest are kept, for people who ask
 SHUTDOWN = 10.0  # seconds that birds have to end when the flock is destroyed
 
@@ -441,27 +440,35 @@ class Nest:
 
     async def routes(self, query: bytes) -> bytes:
         """Where birds can be called, of many names: waits a while for those that do not run yet. Answers a `Routes`."""
-        names, timeout = pickle.loads(query)
+        names, timeout, dots = pickle.loads(query)
         await self._ready.wait()
         registry = self._registry
         assert registry is not None
         until = self._loop.time() + timeout
-        refused = await self._not_to_come(registry, names, timeout)
+        refused = await self._not_to_come(registry, names, timeout, dots)
         while True:
             places, rows = readings.routes(registry, names)
             missing = [place for place, row in enumerate(rows) if row is None and place not in refused]
-            if not missing or not await self._runs_soon(registry, names[missing[-1]], until):
+            if not missing or self._loop.time() >= until:
                 break
+            await self._runs_soon(registry, names[missing[-1]], until)
         refused.update((place, registry.desk.too_late(names[place], "running")) for place in missing)
         return pickle.dumps(ev.Routes(tuple(places), tuple(rows), refused), protocol=5)
 
-    async def _not_to_come(self, registry: Registry, names: Sequence[Name], timeout: float) -> dict[int, ev.Refused]:
-        """What is to be said of those for which it is in vain to wait: they have failed, or no nest knows them."""
+    async def _not_to_come(
+        self, registry: Registry, names: Sequence[Name], timeout: float, dots: Mapping[int, Dot]
+    ) -> dict[int, ev.Refused]:
+        """What is to be said of those for which it is in vain to wait: they have failed, or no nest knows them.
+
+        Other nests are asked for what is not known here, a name or a dot that the asker knows of (C3).
+        """
         places = [place for place, name in enumerate(names) if not readings.is_expected(registry, name)]
+        places += [place for place, dot in dots.items() if not registry.replica.knows(dot) and place not in places]
         if not places:
             return {}
         seconds = max(timeout, 2 * self._config.lookup_timeout)  # so that the other nests have been asked before it is over
-        outcomes = await self._outcomes(tuple(ev.Locate(uuid.uuid4().hex, names[place], "running", seconds) for place in places))
+        asked = tuple(ev.Locate(uuid.uuid4().hex, names[place], "running", seconds, dots.get(place)) for place in places)
+        outcomes = await self._outcomes(asked)
         return {place: outcome for place, outcome in zip(places, outcomes, strict=True) if isinstance(outcome, ev.Refused)}
 
     async def _covers(self, registry: Registry, dots: Iterable[Dot]) -> bool:
@@ -473,14 +480,10 @@ class Nest:
             await asyncio.sleep(0.01)
         return True
 
-    async def _runs_soon(self, registry: Registry, name: Name, until: float) -> bool:
-        """Waits for one of many that were started together, the last, before each of them is waited for, which costs more than a start."""
-        until = min(until, self._loop.time() + SOON)
-        while self._loop.time() < until:
+    async def _runs_soon(self, registry: Registry, name: Name, until: float) -> None:
+        """Waits for one of many that were started together, the last, before all are looked at again."""
+        while self._loop.time() < until and readings.routes(registry, [name])[1][0] is None:
             await asyncio.sleep(0.005)
-            if readings.routes(registry, [name])[1][0] is not None:
-                return True
-        return False
 
     async def read(self, query: bytes) -> bytes:
         """A pickled question about birds or nests, answered from the replica."""

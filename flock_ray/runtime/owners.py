@@ -5,16 +5,19 @@ Any nest takes any request. But what the owner takes need not be told to it by a
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from flock_ray.core.ring import ring_from
+from flock_ray.errors import CallTimeout
 from flock_ray.runtime.courier import Courier
 from flock_ray.runtime.links import Links, NestLink
 from flock_ray.specs import Name
 
 FEW = 64  # names that are not worth to be told apart
 OLD = 2.0  # seconds until the ring is looked at anew: one that is old only costs the nests a message more for each name
+PATIENCE = 2.0  # seconds this node's nest is given to tell the ring
 AGAIN = 10.0  # seconds until a nest that could not be reached is tried again
 
 
@@ -42,8 +45,11 @@ class Owners:
         if len(names) < FEW:
             return [(None, list(range(len(names))))]
         if self._clock() - self._looked_at > OLD:
-            self._weights, self._doors = await self._read("ring")
             self._looked_at = self._clock()
+            try:
+                self._weights, self._doors = await asyncio.wait_for(self._read("ring"), PATIENCE)
+            except (TimeoutError, CallTimeout):
+                self._weights, self._doors = (), {}  # this node's nest is to be asked, when it is there again
         ring = ring_from(self._weights)
         places: dict[str | None, list[int]] = {}
         for place, name in enumerate(names):

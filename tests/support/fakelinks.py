@@ -174,7 +174,7 @@ class FakeNest:
         return reply
 
     def routes(self, query: bytes) -> FakeReply:
-        reply, (names, _) = FakeReply(), pickle.loads(query)
+        reply, (names, *_) = FakeReply(), pickle.loads(query)
         places: dict[Any, int] = {}
         rows: list[Any] = []
         refused: dict[int, ev.Refused] = {}

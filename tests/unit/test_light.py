@@ -564,6 +564,7 @@ def test_who_gives_a_batch_up_takes_back_what_has_not_begun(many):
     outcomes = many.many([(0, "add", 5), (1, "add", 5), ("nowhere", "add"), (2, "add", 5)], timeout=None, caller=caller)
     assert time.monotonic() - began < 3.5
     assert all(isinstance(outcome, errors.CallTimeout) for outcome in outcomes[:3]) and outcomes[3] == 5
+    until(lambda: all(many.lives()[many.dot(n)]._withdrawn for n in (0, 1)), "the host has been told")
     Counter.go.set()
     held.result(5), other.join(5)
     assert many.many([(n, "add") for n in range(3)]) == [1, 1, 6], "nothing of it has run since"
