@@ -55,12 +55,13 @@ Message = tuple[Call, int, memoryview, Sequence[Any], "Caller | None", Reply]
 class LightLife(TurnLife):
     """A light bird without `async def` methods."""
 
-    __slots__ = ("_arrivals",)
+    __slots__ = ("_arrivals", "_granted")
     _host: LightHost
 
     def __init__(self, order: HatchOrder, host: LightHost) -> None:
         super().__init__(order, host, Turns(1, host.state_lock))
         self._arrivals = Arrivals()
+        self._granted: Once | None = None  # what was given its turn last, and waits for a thread
 
     def take(
         self, head: Call, order: int, body: memoryview, extra: Sequence[Any], connection: Caller | None, reply: Reply, here: bool
@@ -133,7 +134,7 @@ class LightLife(TurnLife):
         for message in messages:
             if message is None:
                 continue  # it was answered already
-            self._turns.enter_later(partial(self._host.run_soon, partial(self._recorded, self._answer_later, message)))
+            self._turns.enter_later(partial(self._grant, partial(self._recorded, self._answer_later, message)))
 
     def _give_up(self, caller: str, order: int) -> None:
         """What this message waited for has not come."""
@@ -145,7 +146,15 @@ class LightLife(TurnLife):
         return reply(self._answer_in_turn(head, order, body, extra, connection))
 
     def _in_pool(self, work: Callable[..., object], *args: Any) -> None:
-        self._host.run_soon(partial(self._do, work, *args))
+        self._grant(partial(self._do, work, *args))
+
+    def _grant(self, work: Work) -> None:
+        """Has something done whose turn it is; when the bird is to end before what is of others, for they may block all threads."""
+        self._granted = once = Once(work)
+        if self.state is State.ENDING:
+            self._host.run_first(once)
+        else:
+            self._host.run_soon(once)
 
     def _do(self, work: Callable[..., object], *args: Any) -> None:
         self._recorded(work, *args)
@@ -226,13 +235,36 @@ class LightLife(TurnLife):
     # The end
 
     def _begin_end(self, reason: str) -> None:
-        self._turns.enter_later(partial(self._host.run_first, partial(self._do, self._run_end, reason)))
+        granted = self._granted
+        self._turns.enter_later(partial(self._grant, partial(self._do, self._run_end, reason)))
+        if granted is not None and granted.waits:
+            self._host.run_first(granted)
 
     def _run_end(self, reason: str) -> None:
         try:
             self._end_in_turn(reason)
         finally:
             self._turns.leave()
+
+
+class Once:
+    """Something to be done by whoever comes first."""
+
+    __slots__ = ("_work",)
+
+    def __init__(self, work: Work) -> None:
+        self._work = deque((work,))
+
+    @property
+    def waits(self) -> bool:
+        return bool(self._work)
+
+    def __call__(self) -> tuple[Caller, int, Answered] | None:
+        try:
+            work = self._work.popleft()
+        except IndexError:  # another thread was quicker
+            return None
+        return work()
 
 
 class ManyCalls:

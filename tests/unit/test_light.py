@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 import tracemalloc
+from functools import partial
 
 import cloudpickle
 import pytest
@@ -611,6 +612,26 @@ def test_a_bird_is_stopped_while_others_block_all_threads(tmp_path):
         made.host.control(encode(wire.EndOrder(made.dot(4), 1, "moved", True, 5.0)))
         ended = wire.LifeEnded(made.dot(4), 1, pickle.dumps(0, 5), True)
         until(lambda: ended in list(made.nest.words), "it has ended, and handed over")
+    finally:
+        Counter.go.set()
+        made.close()
+
+
+def test_what_has_its_turn_and_no_thread_does_not_keep_a_bird_from_its_end(tmp_path):
+    made = Many(tmp_path, birds=5, threads=2)
+    try:
+        Counter.go.clear()
+        for n in range(4):
+            made.client.cast(n, None, "hold", (), {})
+        until(lambda: made.host._listener._running == 2, "all threads are taken")
+        life, done = made.lives()[made.dot(4)], []
+        for place in range(3):  # as a timer that is due
+            life._turns.enter_later(partial(life._in_pool, lambda place=place: (done.append(place), life._turns.leave())))
+        assert life._turns.busy and not done
+        made.host.control(encode(wire.EndOrder(made.dot(4), 1, "moved", True, 5.0)))
+        ended = wire.LifeEnded(made.dot(4), 1, pickle.dumps(0, 5), True)
+        until(lambda: ended in list(made.nest.words), "it has ended, and handed over")
+        assert done == [0, 1, 2], "each once, in order"
     finally:
         Counter.go.set()
         made.close()

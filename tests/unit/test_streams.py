@@ -702,6 +702,7 @@ def test_threads_and_loops_share_a_connection(tmp_path, way):
 
 
 def test_a_connection_that_breaks_under_coroutines_tells_them_all(tmp_path):
+    LOG.clear()
     pair = Pair(tmp_path, "tcp", Source)
 
     async def go():
