@@ -16,7 +16,7 @@ from flock_ray.core.connection import ANSWER, CALL, CONTROL, NOTE, Connection, P
 from flock_ray.runtime import listener as listener_module
 from flock_ray.runtime import peers, tls
 from flock_ray.runtime.listener import Listener
-from flock_ray.runtime.peers import Door, Wires
+from flock_ray.runtime.peers import Door, Wires, probe
 from flock_ray.runtime.replies import Down
 from flock_ray.runtime.sockets import SocketLink
 from flock_ray.runtime.ways import DirectNestLink
@@ -345,3 +345,45 @@ def test_a_host_that_nobody_listens_for_is_looked_at_by_ray_before_a_message_is_
     assert ways.host(route) is by_ray
     assert by_ray.used_at == 0.0
     assert not ways._making
+
+
+def test_a_way_that_ends_is_told_and_one_that_was_dropped_is_not(tmp_path):
+    async def go():
+        nest = await Nest(tmp_path).open()
+        broken = []
+        ways = Wires(SECRET, LIFE, None, lambda key, body: None, broken.append)
+        for key in ("a", "b"):
+            assert ways.send(key, nest.address, NOTE, b"1")
+        await until(lambda: len(nest.notes) == 2, "they are open")
+        ways.drop("a")
+        await asyncio.sleep(0.1)
+        assert not broken
+        nest.door.close()
+        await until(lambda: broken == ["b"], "it is told")
+        assert ways.send("b", nest.address, NOTE, b"2")
+        await until(lambda: broken == ["b", "b"], "nobody listens any more")
+        ways.close()
+
+    asyncio.run(go())
+
+
+def test_a_port_is_up_or_refuses_or_is_silent():
+    async def go():
+        server = await asyncio.start_server(lambda reader, writer: writer.close(), "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        assert await probe("127.0.0.1", port, 1.0) == "up"
+        server.close()
+        await server.wait_closed()
+        assert await probe("127.0.0.1", port, 1.0) == "refused"
+        full = socket.socket()  # a queue of strangers that nobody lets in
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        waiting = [socket.socket() for _ in range(4)]
+        for each in waiting:
+            each.setblocking(False)
+            each.connect_ex(full.getsockname())
+        assert await probe("127.0.0.1", full.getsockname()[1], 0.3) == "silent"
+        for each in (full, *waiting):
+            each.close()
+
+    asyncio.run(go())

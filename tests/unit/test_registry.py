@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -11,10 +12,10 @@ from hypothesis import strategies as st
 from flock_ray.config import Config
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
-from flock_ray.core import letters
+from flock_ray.core import letters, readings
 from flock_ray.core import messages as msg
 from flock_ray.core.aworset import Hashes
-from flock_ray.core.holds import Phase
+from flock_ray.core.holds import BirdLife, Phase
 from flock_ray.core.notices import CastLost
 from flock_ray.core.registry import BURST, GATHER, LITTLE, NAMES_A_STEP, Registry
 from flock_ray.core.replica import RECORDS, Replica
@@ -340,3 +341,83 @@ def test_the_time_another_bird_has_to_start_begins_with_its_process():
     nest.pass_time(4.0)
     nest.take(ME, LifeBegins(hatch.dot, hatch.born))
     assert [effect.dot for effect in nest.pass_time(1.1) if isinstance(effect, do.Kill)] == [hatch.dot]
+
+
+def flock_that_moves(light: bool) -> tuple[Pair, Life]:
+    """Two nests hold birds, and a third has joined to which some of them are to move."""
+    third = Life("c", 1)
+    trio = Pair(ME, PEER)
+    options = Options(light=light)
+    for life, nest in trio.nests.items():
+        own = [n for n in range(3_000) if nest.owns(f"bird-{n}")]
+        events = [ev.Start(f"{n}", f"bird-{n}", spec(n)._replace(options=options, request_id=f"{n}"), b"class", 1) for n in own]
+        trio.take(life, *running(trio.take(life, *events)))
+    trio.pass_time(3.0)
+    trio.nests[third] = Registry(third, Config(), lambda: 0.5)
+    trio.take(third, ev.Booted(NodeRecord(third, 2.0)))
+    for life in (ME, PEER):
+        trio.take(life, ev.MemberAlive(third))
+        trio.take(third, ev.MemberAlive(life))
+    trio.pass_time(3.0)
+    return trio, third
+
+
+def ending(trio: Pair) -> dict[Life, list[BirdLife]]:
+    return {life: [one for one in nest.holds.lives.values() if one.phase is Phase.ENDING] for life, nest in trio.nests.items()}
+
+
+@pytest.mark.parametrize(("light", "most"), [(False, 16), (True, 256)])
+def test_so_many_birds_move_at_a_time_and_each_that_is_done_makes_room_for_another(light, most):
+    trio, third = flock_that_moves(light)
+    for turn in range(1, 4):
+        assert sum(map(len, ending(trio).values())) == most
+        for life, lives in ending(trio).items():
+            trio.take(life, *[LifeEnded(one.dot, one.born) for one in lives])
+        trio.pass_time(0.2)
+        there = trio.nests[third].holds.lives
+        trio.take(third, *[LifeRunning(one.dot, one.born, "host") for one in there.values() if one.phase is Phase.STARTING])
+        trio.pass_time(1.0)
+        assert len(there) == turn * most
+
+
+def test_a_release_that_is_not_answered_is_asked_for_again_and_again():
+    trio, _ = flock_that_moves(False)
+    trio.sent.clear()
+    trio.pass_time(5.0)  # nothing ends
+    asked = [body for body in trio.sent if isinstance(body, msg.Release)]
+    assert len({body.dot for body in asked}) == 16
+    assert len(asked) >= 16 * (5.0 / Config().retry_interval - 2)
+
+
+def test_a_context_goes_with_an_answer_only_if_it_is_another():
+    one, other = Pair(ME).nests[ME], Pair(PEER).nests[PEER]
+    outlook = one.outlook()
+    asker, answerer = Sync(one.replica, 1.0), Sync(other.replica, 1.0)
+    asker.begin(PEER, 1)
+    assert answerer.answer(asker.ask(PEER, 0.0, (), outlook), (), outlook).context is None
+    other.replica.birds.context.add(Dot(PEER, 1))
+    asker.begin(PEER, 1)
+    assert answerer.answer(asker.ask(PEER, 0.0, (), outlook), (), outlook).context is not None
+
+
+def test_readings_of_birds_that_failed_or_lived_on_a_node_that_is_gone():
+    third = Life("c", 1)
+    trio = Pair(ME, PEER, third)
+    nest = trio.nests[ME]
+    theirs = next(n for n in range(100) if trio.nests[third].owns(f"bird-{n}"))
+    mine = next(n for n in range(100) if nest.owns(f"bird-{n}"))
+    trio.take(third, *running(trio.take(third, start(theirs))))
+    hatch = next(effect for effect in trio.take(ME, start(mine)) if isinstance(effect, do.Hatch))
+    trio.take(ME, LifeRunning(hatch.dot, hatch.born, "host"))
+    trio.pass_time(1.0)
+    assert sum(readings.held(nest), Counter()) == {ME.node: 1, "c": 1}
+    assert readings.is_expected(nest, f"bird-{theirs}") and readings.is_expected(nest, f"bird-{mine}")
+    assert not readings.is_expected(nest, "nobody")
+    nest.holds.lives[hatch.dot].crashes = 1_000
+    trio.take(ME, LifeCrashed(hatch.dot, hatch.born, "boom"))
+    assert not readings.is_expected(nest, f"bird-{mine}")
+    del trio.nests[third]
+    trio.take(ME, ev.MemberDead(third), ev.NodeProbed(third, "refused"))  # the peer has not heard of it: nobody may hatch it yet
+    trio.pass_time(1.0)
+    assert "c" not in sum(readings.held(nest), Counter())
+    assert "pending" in nest.desk.too_late(f"bird-{theirs}", "running").message
