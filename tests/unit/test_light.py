@@ -215,6 +215,10 @@ def test_orders_to_hatch_are_sent_in_parts():
     small = order._replace(spec=spec._replace(args=b""))
     assert [len(chunk) for chunk in wire.chunks([small] * 1200)] == [500, 500, 200]
     assert list(wire.chunks([])) == []
+    large = small._replace(code=b"c" * 600_000, spec=spec._replace(args=b"x" * 250_000))
+    assert [len(chunk) for chunk in wire.chunks([large] * 4)] == [1, 1, 1, 1], "each part has the code"
+    other = small._replace(code=b"d" * 600_000)
+    assert [len(chunk) for chunk in wire.chunks([other, other, large])] == [2, 1]
 
 
 # Arrivals
@@ -463,6 +467,27 @@ def test_what_has_moved_is_called_where_it_is(many):
     until(lambda: len(many.lives()) == 46, "they are gone")
     threading.Timer(0.2, lambda: many.hatch(Counter, range(5), born=2)).start()
     assert many.many([(n, "add") for n in range(50)]) == [1] * 50
+
+
+def test_orders_are_obeyed_in_order_and_one_that_cannot_be_keeps_no_other_back(many):
+    dot = many.dot(1)
+    orders = (wire.RaiseOrder(dot, 1, 5), HatchOrder("default", "x", dot, 1, None, b"", 0, 0, None, False), wire.RaiseOrder(dot, 1, 9))
+    many.host.control(encode(Orders(orders)))
+    assert many.lives()[dot].incarnation == 9
+
+
+def test_those_that_have_moved_to_another_host_are_called_there(many, tmp_path):
+    other = Many(tmp_path / "other", birds=0)
+    try:
+        other.hatch(Counter, range(20), n=5, born=2)
+        for n in range(20):
+            many.host.control(encode(wire.EndOrder(many.dot(n), 1, "moved", False, 5.0)))
+            route = Route(n, many.dot(n), 2, "node", "light:other", other.host.address)
+            many.world.routes[n], many.world.hosts["light:other"] = route, other.link
+        until(lambda: len(many.lives()) == 31, "they are gone")
+        assert many.many([(n, "add") for n in range(50)], timeout=5.0) == [6] * 20 + [1] * 30
+    finally:
+        other.close()
 
 
 def test_those_that_do_not_run_yet_are_waited_for_together(many):

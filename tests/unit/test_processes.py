@@ -1,0 +1,104 @@
+"""Orders to the processes of hosts: of light birds those that come together go together, and in order."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from flock_ray.config import Config
+from flock_ray.core import effects as do
+from flock_ray.core import wire
+from flock_ray.runtime import cluster, hosts
+from flock_ray.runtime.processes import Kind, Process, Processes
+from flock_ray.specs import Dot, Life, Options, Spec, Stamp
+
+ME = Life("a", 1)
+
+
+def order(n: int) -> wire.HatchOrder:
+    spec = Spec("m", "C", "d", b"", Options(light=True), None, Stamp(0, 0), "r")
+    return wire.HatchOrder("default", f"bird-{n}", Dot(ME, n), 1, spec, b"class", 0, 0, None, False)
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "session_directory", lambda life: tmp_path)
+    return SimpleNamespace(flock="default", life="0", secret=b"", config=Config())
+
+
+def sent_by(processes, monkeypatch):
+    """What is sent, one by one."""
+    sent = []
+    monkeypatch.setattr(processes, "_send", lambda process, order: sent.append(order))
+    return sent
+
+
+def test_orders_to_a_host_of_light_birds_go_together_and_in_order(record, monkeypatch):
+    async def go():
+        processes = Processes(record, "a", None, None, None)
+        sent = sent_by(processes, monkeypatch)
+        light = Process("light:1", Kind("", light=True), ready=True)
+        orders = [
+            order(1),
+            wire.EndOrder(Dot(ME, 9), 1, "moved", True, 1.0),
+            order(2),
+            wire.ForgetOrder(Dot(ME, 8)),
+            wire.ForgetOrder(Dot(ME, 8)),
+        ]
+        for one in orders:
+            processes.order(light, one)
+        assert not sent
+        await asyncio.sleep(0)
+        assert sent == [wire.Orders(tuple(orders))]
+        processes.order(light, order(3))
+        await asyncio.sleep(0)
+        assert sent[1:] == [wire.Orders((order(3),))], "none goes twice"
+
+    asyncio.run(go())
+
+
+def test_orders_wait_until_the_process_is_there(record, monkeypatch):
+    async def go():
+        processes = Processes(record, "a", None, None, None)
+        sent = sent_by(processes, monkeypatch)
+        light = Process("light:1", Kind("", light=True))
+        processes.order(light, order(1))
+        await asyncio.sleep(0)
+        assert not sent
+        light.ready = True
+        processes.flush(light)
+        assert sent == [wire.Orders((order(1),))]
+        processes.flush(light)
+        assert len(sent) == 1
+
+    asyncio.run(go())
+
+
+def test_orders_to_a_host_of_one_bird_go_at_once(record, monkeypatch):
+    processes = Processes(record, "a", None, None, None)
+    sent = sent_by(processes, monkeypatch)
+    processes.order(Process("host:1", Kind("")), order(1))
+    assert sent == [order(1)]
+
+
+def test_an_order_to_hatch_that_was_not_sent_is_taken_back(record, monkeypatch):
+    async def go():
+        told = []
+        nest = hosts.Hosts(record, "a", None, None, lambda *events: told.extend(events), None)
+        light = Process("light:1", Kind("", light=True), ready=True)
+        monkeypatch.setattr(nest, "_light_host", lambda kind: light)
+        sent = sent_by(nest._processes, monkeypatch)
+        for n in (1, 2):
+            one = order(n)
+            nest.hatch(do.Hatch(one.name, one.dot, one.born, one.spec, one.code, 0, 0, None, False))
+        nest.end(do.EndLife(Dot(ME, 1), 1, "stopped", False, 5.0))
+        await asyncio.sleep(0)
+        assert told == [wire.LifeEnded(Dot(ME, 1), 1)]
+        assert [[one.dot.counter for one in orders.orders] for orders in sent] == [[2]]
+        nest.end(do.EndLife(Dot(ME, 2), 1, "stopped", False, 5.0))
+        await asyncio.sleep(0)
+        assert sent[1:] == [wire.Orders((wire.EndOrder(Dot(ME, 2), 1, "stopped", False, 5.0),))]
+
+    asyncio.run(go())
