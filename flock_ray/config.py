@@ -18,7 +18,8 @@ class Config:
             on slow methods; `None` waits for ever.
         settle: how long a change of the view must last before birds move. Longer moves less in a burst of changes; shorter
             fails over sooner.
-        moves_in_flight: how many running birds a nest pulls to itself at a time. More moves faster and loads the node more.
+        moves_in_flight: how many running birds a nest pulls to itself at a time, or 16 times as many light ones. More moves faster and
+            loads the node more.
         bootstrap_wait: how long a booting nest that hears no other waits before it acts alone. Longer is safer where the
             network comes up slowly; shorter boots sooner when the head node cannot say who else there is.
         nest_grace: how long birds go on without a nest on their node, and how long its peers wait for its next life. Longer

@@ -5,6 +5,7 @@
         ^            |  MemberDead
         |            v
         |          DYING --(node gone, or its next life did not come in nest_grace)--> DEAD --settled--> out of the view
+        |            ALIVE --(its connection broke, and its node refuses others)---------^
         +------------+ (recovers)           a newer life of the node is heard --> SUPERSEDED, until that one is synced or dead
 
 Rules kept here:

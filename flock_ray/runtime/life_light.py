@@ -115,7 +115,7 @@ class LightLife(TurnLife):
         return refusal(cycle_text(head.chain, self._link), "CallCycle")
 
     def begin_cast(self, head: Call) -> bytes:
-        """Begins a cast of a `CallMany`, if the bird is idle: `run_begun` has to follow. Else its caller is to send it by itself."""
+        """Begins a cast of a `CallMany`, if the bird is idle: `run_begun` has to follow. Else its caller's lane sends it by itself."""
         refused = self._at_the_door(head, 0)
         if refused is not None:
             return refused
