@@ -462,8 +462,8 @@ class Nest:
 
         Other nests are asked for what is not known here, a name or a dot that the asker knows of (C3).
         """
-        places = [place for place, name in enumerate(names) if not readings.is_expected(registry, name)]
-        places += [place for place, dot in dots.items() if not registry.replica.knows(dot) and place not in places]
+        unknown = {place for place, dot in dots.items() if not registry.replica.knows(dot)}
+        places = [place for place, name in enumerate(names) if place in unknown or not readings.is_expected(registry, name)]
         if not places:
             return {}
         seconds = max(timeout, 2 * self._config.lookup_timeout)  # so that the other nests have been asked before it is over
