@@ -80,6 +80,30 @@ class AsyncRoom:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Chained:
+    """Calls others together, in coroutines."""
+
+    async def ask(self, names, deeper):
+        calls = [(own, "ask", ((), ())) if not deeper else (own, "ask", (deeper[0], deeper[1:])) for own in names]
+        return 1 + sum(await flock_ray.aio.call_many(calls, timeout=30.0)) if names else 1
+
+
+class Sleeper:
+    """Can be kept busy, and counts what it is told."""
+
+    def __init__(self):
+        self.notes = 0
+
+    def rest(self, seconds):
+        time.sleep(seconds)
+
+    def note(self):
+        self.notes += 1
+
+    def noted(self):
+        return self.notes
+
+
 def processes(names):
     """The processes of birds, by name."""
     return dict(zip(names, flock_ray.call_many([(name, "where") for name in names], timeout=60), strict=True))
@@ -256,3 +280,41 @@ def test_coroutines_do_the_same(flyground, name):
         await aio.stop_many(names)
 
     asyncio.run(go())
+
+
+def test_birds_whose_batches_wait_for_batches_do_not_wait_for_threads(flyground, name):
+    """Found by a reader: a pool of threads was taken by those who waited for what only it could run."""
+    levels = [[(name, level, n) for n in range(30)] for level in range(3)]
+    for birds in levels:
+        LIGHT.start_many([(own, Chained) for own in birds])
+    calls = [(own, "ask", ([levels[1][n]], ([levels[2][n]],))) for n, own in enumerate(levels[0])]
+    assert flock_ray.call_many(calls, timeout=30.0) == [3] * 30
+    flock_ray.stop_many([own for birds in levels for own in birds])
+
+
+def test_casts_wait_for_nobody(flyground, name):
+    busy, idle = (name, "busy"), (name, "idle")
+    LIGHT.start_many([(busy, Sleeper), (idle, Sleeper)])
+    held = flock_ray.bird(busy).rest.future(3.0)  # and from another thread, whose lanes have nothing to do with it:
+    began = time.monotonic()
+    for thread in [threading.Thread(target=flock_ray.cast_many, args=([(busy, "note"), (idle, "note")],)) for _ in range(2)]:
+        thread.start()
+        thread.join(10)
+    assert time.monotonic() - began < 2.0
+    eventually(lambda: flock_ray.call(idle, "noted") == 2, "an idle one is not kept waiting")
+    held.result(10)
+    eventually(lambda: flock_ray.call(busy, "noted") == 2, "a busy one runs them when it can")
+    flock_ray.stop_many([busy, idle])
+
+
+def test_who_is_left_alone_takes_over_although_a_bird_has_demands(flyground, name):
+    """The last one here: found by a reader, when one nest was left and any bird had demands nothing of the others' was hatched again."""
+    (node,) = flyground.cluster.worker_nodes
+    flock_ray.options(num_cpus=0.5).start((name, "placed"), Room)
+    names = [(name, n) for n in range(40)]
+    LIGHT.start_many([(own, Room) for own in names])
+    flock_ray.wait([*names, (name, "placed")])
+    assert any(info.node_id == node.node_id for info in flock_ray.birds(prefix=(name,)))
+    flyground.crash(node)
+    assert flock_ray.call_many([(own, "add") for own in names], retry=True) == [1] * 40
+    flock_ray.stop_many([*names, (name, "placed")])
