@@ -37,7 +37,7 @@ from flock_ray.core.supervision import Supervision
 from flock_ray.core.sync import Sync
 from flock_ray.specs import Dot, Life, Name, Spec, Stamp, Status, name_hash
 
-NAMES_A_STEP = 1000  # looked at in one `handle`: about 20 ms, so that a nest goes on answering in a big change
+NAMES_A_STEP = 500  # looked at in one `handle`: about 10 ms, so that a nest goes on answering in a big change
 LITTLE = 64  # changes that are told at once within `GATHER`: what is more is a burst, and told together
 GATHER = 0.02  # seconds for which news of a burst is gathered
 BURST = 0.5  # the same for first starts at the nest that owns them: a start and its statuses then go as one entry, for half the cost

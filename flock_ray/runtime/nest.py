@@ -38,6 +38,7 @@ from flock_ray.runtime.listener import NEST_SOCKET, Refusals
 from flock_ray.runtime.loglines import LogLines
 from flock_ray.runtime.members import Members
 from flock_ray.runtime.peers import Door, Wire, Wires, probe
+from flock_ray.runtime.steps import Steps
 from flock_ray.runtime.tls import contexts
 from flock_ray.specs import Dot, Life, Name, brought
 
@@ -50,8 +51,9 @@ CONFIRM = 10.0  # seconds after which the failure detector knows, too, that a ne
 PROBE = 0.5  # seconds until a raylet that does not answer counts as cut off
 SHARE_SETTLES = 1.0  # seconds: in a burst of changes the load is told once
 FLUSH = 0.005  # seconds between messages to a peer: one costs 1 to 3 ms of CPU as a Ray call, so in a burst they are sent together
-READING = 0.02  # seconds for which letters are read before others have their turn
-MANY = 1_000  # birds in an answer, to be pickled in a thread
+READING = 0.02  # seconds for which letters are read in a round
+MANY = 64  # requests that are taken in together, and wait for a round of their own
+PICKLED = 1_000  # birds in an answer that is pickled in a thread
 WRITTEN = 5_000  # names, after which the garbage collector is told to leave alone what there is
 NOTICES = 1000  # the latest are kept, for people who ask
 SHUTDOWN = 10.0  # seconds that birds have to end when the flock is destroyed
@@ -79,6 +81,8 @@ class Nest:
         self._outbox: dict[str, list[tuple[Life, msg.Envelope]]] = {}
         self._letterbox: letters.Letterbox | None = None
         self._replies: dict[str, Callable[[ev.Outcome], object]] = {}
+        self._steps = Steps(self._loop)
+        self._ticks = False  # does a tick wait for its round?
         self._flushed = 0.0  # when, on the loop's clock
         self._flush_timer: asyncio.TimerHandle | None = None
         self._wake: asyncio.TimerHandle | None = None
@@ -254,7 +258,17 @@ class Nest:
         if self._wake is not None:
             self._wake.cancel()
         delay = registry.wake_at() - time.monotonic()
-        self._wake = self._loop.call_later(min(max(delay, 0.0), 60.0), self._handle, ev.Tick())
+        self._wake = self._loop.call_later(min(max(delay, 0.0), 60.0), self._tick)
+
+    def _tick(self) -> None:
+        """Has the registry look at what is due, in a round of its own; one that waits already does for all."""
+        if not self._ticks:
+            self._ticks = True
+            self._steps.add(self._tick_now)
+
+    def _tick_now(self) -> None:
+        self._ticks = False
+        self._handle(ev.Tick())
 
     def _freeze(self, writes: int) -> None:
         """Tells Python's garbage collector to leave alone what there is now.
@@ -414,6 +428,8 @@ class Nest:
     async def _outcomes(self, events: tuple[Any, ...]) -> list[ev.Outcome]:
         """How requests end, in order; of a start that was accepted anew, in many, just the dot."""
         await self._booted.wait()
+        if len(events) > MANY:
+            await self._steps.turn()
         if self._ending:
             return [self._refused_at_the_end(event.name) for event in events]
         outcomes: list[Any] = [None] * len(events)
@@ -510,7 +526,7 @@ class Nest:
             answer = list(self._notices)
         else:
             raise ValueError(f"{kind!r} is no question a nest answers")
-        if isinstance(answer, list) and len(answer) > MANY:
+        if isinstance(answer, list) and len(answer) > PICKLED:
             return await asyncio.to_thread(pickle.dumps, answer)  # a second for 100,000 birds: a thread leaves the loop its turns
         return pickle.dumps(answer)
 
@@ -529,10 +545,9 @@ class Nest:
     def _take_letters(self, packed: bytes | memoryview) -> None:
         if self._letterbox is None:
             return
-        was_empty = not self._letterbox
+        if not self._letterbox:
+            self._steps.add(partial(self._read_letters, self._letterbox))
         self._letterbox.add(packed)
-        if was_empty:
-            self._read_letters(self._letterbox)
 
     def _read_letters(self, letterbox: letters.Letterbox) -> None:
         """Reads letters in the order in which they came, and leaves the loop to others now and then: a burst brings many."""
@@ -544,7 +559,7 @@ class Nest:
             except Exception:
                 self._read_singly(envelopes)
             if letterbox and time.monotonic() >= until:
-                self._loop.call_soon(self._read_letters, letterbox)
+                self._steps.add(partial(self._read_letters, letterbox))
                 return
 
     def _read_singly(self, envelopes: Iterable[msg.Envelope]) -> None:
@@ -557,6 +572,8 @@ class Nest:
 
     async def host_says(self, word: bytes) -> bytes | None:
         said = pickle.loads(word)
+        if isinstance(said, wire.Words):
+            await self._steps.turn()
         self._hosts.word(said)
         if isinstance(said, wire.HostReport):
             await self._booted.wait()

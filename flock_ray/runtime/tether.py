@@ -33,7 +33,7 @@ MARGIN = 0.8  # of `nest_grace`: birds end before a peer may hatch them. Less en
 FRESH = 1.0  # seconds: how old the knowledge that the nest lives may be when something begins. Less costs more system calls
 LOOK = 0.5  # seconds between looks while all is well; below FRESH, so that a call on a running process never has to look itself
 RETRY = 0.25  # seconds until a nest that did not answer is tried again
-TOGETHER = 1_000  # words at a time: what a nest does for one is short, and it must not be held up for long
+TOGETHER = 300  # words at a time: what a nest does for one is short, and it must not be held up for long
 ANSWER = 10.0  # seconds a nest may take to answer before the word is sent again (M6)
 
 

@@ -73,3 +73,37 @@ def test_what_is_much_comes_in_parts(monkeypatch):
 def test_what_are_no_letters_is_refused(data):
     with pytest.raises(ValueError, match="letter|unpack"):
         list(letters.unpack(data, B))
+
+
+def test_a_letterbox_gives_letters_in_order_some_at_a_time():
+    box = letters.Letterbox(B, pytest.fail)
+    assert not box
+    for first in range(0, 300, 100):
+        for part in letters.pack([(B, msg.Envelope(A, n, True, f"body {n}")) for n in range(first, first + 100)], letters.Bodies()):
+            box.add(part)
+    taken = []
+    while box:
+        some = box.take()
+        assert len(some) <= letters.AT_ONCE
+        taken += some
+    assert [envelope.number for envelope in taken] == list(range(300))
+
+
+def test_long_letters_are_taken_one_by_one():
+    box = letters.Letterbox(B, pytest.fail)
+    long = "x" * 2 * letters.SHORT
+    for part in letters.pack([(B, msg.Envelope(A, n, True, long)) for n in range(3)], letters.Bodies()):
+        box.add(part)
+    assert [len(box.take()) for _ in range(3)] == [1, 1, 1]
+
+
+def test_what_cannot_be_read_costs_its_own_part_and_no_other():
+    errors = []
+    box = letters.Letterbox(B, errors.append)
+    (good,) = letters.pack([(B, msg.Envelope(A, 1, True, "good"))], letters.Bodies())
+    for part in (good, b"no letters", good):
+        box.add(part)
+    taken = []
+    while box:
+        taken += box.take()
+    assert [envelope.body for envelope in taken] == ["good", "good"] and [type(error) for error in errors] == [ValueError]
