@@ -310,7 +310,7 @@ def chunks(orders: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
         length = _length(order, code)
         if chunk and (len(chunk) >= ORDERS or size + length > LONG_ORDERS):
             yield tuple(chunk)
-            chunk, size, length = [], 0, _length(order, None)
+            chunk, size, code, length = [], 0, None, _length(order, None)
         chunk.append(order)
         size += length
         code = order.code if isinstance(order, HatchOrder) else code

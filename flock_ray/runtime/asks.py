@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from flock_ray.config import Config
 from flock_ray.core import events as ev
-from flock_ray.errors import CallTimeout
+from flock_ray.errors import CallTimeout, FlockError
 from flock_ray.runtime.courier import Courier
 from flock_ray.runtime.links import Links, NestLink
 from flock_ray.runtime.owners import Owners
@@ -156,10 +156,13 @@ class Asks:
         patience = min(PATIENCE, left)
         longest = min(PATIENCE + 2 * (self._config or _DEFAULTS).lookup_timeout, left)  # other nests may have to be asked
 
-        async def part(nest: NestLink | None, some: list[Name]) -> tuple[list[Name], Raw | None]:
+        async def part(nest: NestLink | None, some: list[Name]) -> tuple[list[Name], Raw | FlockError | None]:
             known = {place: dot for place, name in enumerate(some) if (dot := dots.get(name) or self.written(name)) is not None}
             packed = pickle.dumps((some, patience, known), protocol=5)
-            return some, await self._deliver(lambda nest: nest.routes(packed), self._clock() + longest, nest)
+            try:
+                return some, await self._deliver(lambda nest: nest.routes(packed), self._clock() + longest, nest)
+            except FlockError as error:
+                return some, error
 
         tasks = [
             asyncio.ensure_future(part(nest, [names[place] for place in places]))
@@ -168,7 +171,10 @@ class Asks:
         ]
         for task in asyncio.as_completed(tasks):
             some, raw = await task
-            if raw is not None:
+            if isinstance(raw, FlockError):
+                refused = {place: ev.Refused(type(raw).__name__, str(raw), name) for place, name in enumerate(some)}
+                yield some, ev.Routes((), (None,) * len(some), refused)
+            elif raw is not None:
                 yield some, pickle.loads(raw.message)
 
     async def stop(self, name: Name, after: Dot | None, until: float) -> None:

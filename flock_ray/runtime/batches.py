@@ -110,16 +110,22 @@ class Batch:
             try:
                 while waiting or sent:
                     began = time.monotonic()
-                    waiting = self._send(waiting, self._ways(waiting), sent, alone)
+                    ways = self._ways(waiting)
+                    if self._seconds() == 0.0:
+                        break
+                    waiting = self._send(waiting, ways, sent, alone)
                     self._one_by_one(alone, flying)
                     again = self._collect(sent, 0.0 if waiting else A_WHILE, alone)
                     waiting = sorted(waiting + again)
                     if waiting:
                         self._sleep(began + pause - time.monotonic())
                         pause = min(2 * pause, LONGEST_PAUSE)
-                    if self._seconds() == 0.0:
-                        self._give_up(waiting, sent)
-                        break
+                waiting += self._collect(sent, 0.0, alone)  # what has come meanwhile
+                if self._cast:
+                    alone, waiting = alone + waiting, []  # casts have no time to keep
+                if self._gone.is_set():
+                    alone, waiting = [], alone + waiting
+                self._give_up(waiting, sent)
                 self._one_by_one(alone, flying)
                 self._wait_for(flying)
             except BaseException:  # an interrupt
@@ -270,8 +276,9 @@ class Batch:
         unanswered = []
         for frame in sent:
             try:
+                until = time.monotonic() + patience
                 while frame.left:
-                    again += self._take(frame, self._next_answers(frame, patience), alone)
+                    again += self._take(frame, self._next_answers(frame, max(0.0, until - time.monotonic())), alone)
             except NoAnswer:
                 unanswered.append(frame)
                 patience = 0.0
@@ -347,7 +354,7 @@ class Batch:
         for place in waiting:
             name = self._requests[place].name
             refused = self._refused.get(name)
-            text = refused.message if refused is not None else f"no nest has said in time where bird {name!r} runs"
+            text = refused.message if refused is not None else f"{self._requests[place].method!r} of bird {name!r} was not sent in time"
             self._fail(place, named_error("CallTimeout", text, name, refused.detail if refused is not None else ""))
             self._came(1)
         for frame in sent:
@@ -416,15 +423,16 @@ class Batch:
             return future.done()
         return True
 
-    def _wait_for(self, flying: Iterable[tuple[int, CallFuture]]) -> None:
+    def _wait_for(self, flying: Sequence[tuple[int, CallFuture]]) -> None:
         for place, future in flying:
             try:
                 while not self._is_there(future):
                     if self._gone.is_set():
-                        future.cancel()
+                        for _, other in flying:
+                            other.cancel()
                 self._outcomes[place] = future.result()
-            except CancelledError:
-                self._fail(place, self._timed_out(self._requests[place]))
+            except CancelledError as error:  # by the lines above, or the bird's own
+                self._fail(place, self._timed_out(self._requests[place]) if self._gone.is_set() else error)
             except Exception as error:  # the bird's own, whatever that is
                 self._fail(place, error)
             self._came(1)

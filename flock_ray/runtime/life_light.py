@@ -115,15 +115,17 @@ class LightLife(TurnLife):
         return refusal(cycle_text(head.chain, self._link), "CallCycle")
 
     def begin_cast(self, head: Call) -> bytes:
-        """Begins a cast of a `CallMany`, if the bird is idle: `run_begun` has to follow. Else its caller's lane sends it by itself."""
+        """Begins a cast of a `CallMany`, if the bird is idle: `begun` has to follow. Else its caller's lane sends it by itself."""
         refused = self._at_the_door(head, 0)
         if refused is not None:
             return refused
         return b"" if self._turns.try_enter() else FULL
 
-    def run_begun(self, head: Call, body: memoryview) -> None:
-        """Runs a cast that has begun, and ends its turn."""
-        self._host.recorder.note(self.dot)
+    def begun(self, head: Call, body: memoryview) -> Once:
+        """A cast that has begun, to be run."""
+        return self._once(partial(self._do, self._run_begun, head, body))
+
+    def _run_begun(self, head: Call, body: memoryview) -> None:
         try:
             if self._host.may_run() and self._examined(head) is None:
                 self._run(head, body, ())
@@ -150,11 +152,16 @@ class LightLife(TurnLife):
 
     def _grant(self, work: Work) -> None:
         """Has something done whose turn it is; when the bird is to end before what is of others, for they may block all threads."""
-        self._granted = once = Once(work)
+        once = self._once(work)
+        if self.state is not State.ENDING:
+            self._host.run_soon(once)
+
+    def _once(self, work: Work) -> Once:
+        """What has the turn, as something that who ends the bird can have done first."""
+        self._granted = once = Once(self, work)
         if self.state is State.ENDING:
             self._host.run_first(once)
-        else:
-            self._host.run_soon(once)
+        return once
 
     def _do(self, work: Callable[..., object], *args: Any) -> None:
         self._recorded(work, *args)
@@ -237,7 +244,7 @@ class LightLife(TurnLife):
     def _begin_end(self, reason: str) -> None:
         granted = self._granted
         self._turns.enter_later(partial(self._grant, partial(self._do, self._run_end, reason)))
-        if granted is not None and granted.waits:
+        if granted is not None:
             self._host.run_first(granted)
 
     def _run_end(self, reason: str) -> None:
@@ -248,22 +255,21 @@ class LightLife(TurnLife):
 
 
 class Once:
-    """Something to be done by whoever comes first."""
+    """Work of a bird, to be done by whoever comes first."""
 
-    __slots__ = ("_work",)
+    __slots__ = ("_life", "_work")
 
-    def __init__(self, work: Work) -> None:
-        self._work = deque((work,))
-
-    @property
-    def waits(self) -> bool:
-        return bool(self._work)
+    def __init__(self, life: LightLife, work: Work) -> None:
+        self._life = life
+        self._work = [work]
 
     def __call__(self) -> tuple[Caller, int, Answered] | None:
         try:
-            work = self._work.popleft()
+            work = self._work.pop()
         except IndexError:  # another thread was quicker
             return None
+        if self._life._granted is self:
+            self._life._granted = None
         return work()
 
 
@@ -281,7 +287,7 @@ class ManyCalls:
         self._lock = threading.Lock()  # guards what follows
         self._answers: list[tuple[int, bytes]] = []  # not sent yet
         self._size = 0  # of these
-        self._begun: deque[tuple[LightLife, Call, memoryview]] = deque()  # casts that are answered, and not run yet
+        self._begun: deque[Once] = deque()  # casts that are answered, and not run yet
         self._taken = self._seen = 0
         self._is_helped = False  # another thread will go on
         self._timer = host.scheduler.add(SLOW, True, self._look)
@@ -303,9 +309,9 @@ class ManyCalls:
             self._send(taken)  # nobody waits for what he has cast
             while self._begun:
                 with contextlib.suppress(IndexError):  # another thread was quicker
-                    cast, cast_head, arguments = self._begun.popleft()
+                    cast = self._begun.popleft()
                     self._taken += 1
-                    cast.run_begun(cast_head, arguments)
+                    cast()
         self._timer.cancelled = True
         self._host.recorder.clear()
         with self._lock:
@@ -329,7 +335,7 @@ class ManyCalls:
         if isinstance(life, LightLife) and head.cast:
             answer = life.begin_cast(head)
             if not answer:
-                self._begun.append((life, head, body))
+                self._begun.append(life.begun(head, body))
             return answer
         if isinstance(life, LightLife):
             response = life.take_one(head, place, body, self._caller, partial(self._late, place))
@@ -433,6 +439,11 @@ class LightHost(AsyncHost):
                         self.obey(order)
                     except Exception:
                         log.exception("a host could not obey %s; it goes on with the next order", type(order).__name__)
+                        if isinstance(order, HatchOrder):
+                            life = self._lives.get(order.dot)
+                            if life is not None and life.order is order:
+                                self._drop(life)
+                            self.says(LifeCrashed(order.dot, order.born, "its host could not begin it; the host's log says why"))
             case HatchOrder():
                 self._hatch(head)
             case EndAllOrder():

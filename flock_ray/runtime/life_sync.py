@@ -41,6 +41,8 @@ class TurnLife(HostedLife):
     def hatch(self) -> None:
         """Runs `__init__` and `take_over`."""
         try:
+            if self.state is not State.STARTING:
+                return  # it was ended before it began
             with self._inside():
                 self._make()
                 if self._loaded is not None and self._loaded.is_async:

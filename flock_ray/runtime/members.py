@@ -102,7 +102,8 @@ class Members:
     def confirm(self, life: Life) -> None:
         """Was it wrong that a nest is gone? It is told anew if it is heard: of what it goes on hearing the detector says nothing."""
         for member in self._cluster.members():
-            if (member.meta.get("node"), member.meta.get("number")) == (life.node, str(life.number)):
+            is_it = (member.meta.get("node"), member.meta.get("number")) == (life.node, str(life.number))
+            if is_it and member.state is kinship.State.ALIVE:  # one that is suspected is dead soon, or recovers
                 self._alive(member)
 
     def _tell(self, member: kinship.Member, kind: type[MemberAlive] | type[MemberDead]) -> None:

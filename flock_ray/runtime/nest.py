@@ -428,7 +428,7 @@ class Nest:
     async def _outcomes(self, events: tuple[Any, ...]) -> list[ev.Outcome]:
         """How requests end, in order; of a start that was accepted anew, in many, just the dot."""
         await self._booted.wait()
-        if len(events) > MANY:
+        if len(events) > MANY or self._steps.busy:  # in the order in which they came
             await self._steps.turn()
         if self._ending:
             return [self._refused_at_the_end(event.name) for event in events]

@@ -17,13 +17,26 @@ from flock_ray.specs import Dot
 
 T = TypeVar("T")
 
-PLACES = 4_096  # threads whose work is recorded; what further ones run is not
+PLACES = 4_096  # threads at a time whose work is recorded; what further ones run is not
 _ENTRY = struct.Struct("!QQ")  # counter of the dot, and number of its nest's life; no dot has the counter 0
 _NOTHING = bytes(_ENTRY.size)
 
 
 def recorder_path(directory: str | Path, pid: int) -> Path:
     return Path(directory, f"{pid}.running")
+
+
+class _Place:
+    """A thread's place in the file; free for another when the thread, and so what it keeps for itself, has gone."""
+
+    __slots__ = ("_free", "at")
+
+    def __init__(self, at: int, free: list[int]) -> None:
+        self.at = at
+        self._free = free
+
+    def __del__(self) -> None:
+        self._free.append(self.at)
 
 
 class Recorder:
@@ -35,7 +48,7 @@ class Recorder:
         with path.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), 0)
         self._lock = threading.Lock()
-        self._places = 0
+        self._free = list(range(0, PLACES * _ENTRY.size, _ENTRY.size))[::-1]
         self._mine = threading.local()
 
     def note(self, dot: Dot) -> None:
@@ -55,12 +68,13 @@ class Recorder:
 
     def _place(self) -> int:
         try:
-            return self._mine.place  # type: ignore[no-any-return]  # as set below
+            return self._mine.place.at  # type: ignore[no-any-return]  # as set below
         except AttributeError:
             with self._lock:
-                self._mine.place = place = min(self._places, PLACES - 1) * _ENTRY.size
-                self._places += 1
-            return place
+                # The last one is for all further threads.
+                place = _Place(self._free.pop(), self._free) if len(self._free) > 1 else _Place(self._free[0], [])
+            self._mine.place = place
+            return place.at
 
 
 def suspects(directory: str | Path, pid: int) -> frozenset[tuple[int, int]]:

@@ -18,6 +18,11 @@ class Steps:
         self._loop = loop
         self._waiting: deque[Callable[[], object]] = deque()
 
+    @property
+    def busy(self) -> bool:
+        """Does something wait?"""
+        return bool(self._waiting)
+
     def add(self, step: Callable[[], object]) -> None:
         """Has something done in a round of its own."""
         self._waiting.append(step)

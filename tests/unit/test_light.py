@@ -27,7 +27,7 @@ from flock_ray.core.wire import HatchOrder, LifeCrashed, LifeEnded, LifeRunning,
 from flock_ray.runtime import inside, listener
 from flock_ray.runtime.batches import Batch, Caller, Request
 from flock_ray.runtime.mailbox import Arrivals
-from flock_ray.runtime.recorder import Recorded, Recorder, suspects
+from flock_ray.runtime.recorder import PLACES, Recorded, Recorder, suspects
 from flock_ray.specs import Dot, Life, Options, Route, Spec, Stamp
 from tests.support.oneprocess import DOT, Pair
 
@@ -71,6 +71,15 @@ class Counter:
 
     def hand_over(self):
         return self.n
+
+
+class Noted:
+    """Tells that it was made."""
+
+    made: list = []
+
+    def __init__(self):
+        self.made.append(1)
 
 
 class Empty:
@@ -357,7 +366,7 @@ def test_a_life_that_crashes_or_is_stopped_leaves_its_neighbours_alone(many):
 def test_all_end_at_once_and_an_empty_host_leaves(many):
     many.host.control(encode(wire.EndAllOrder("shutdown", 5.0)))
     until(lambda: not many.lives(), "they have ended")
-    assert sum(isinstance(word, LifeEnded) for word in list(many.nest.words)) == 51
+    until(lambda: sum(isinstance(word, LifeEnded) for word in list(many.nest.words)) == 51, "the nest hears of all")
     many.host.control(encode(wire.LeaveOrder()))
     until(lambda: many.codes == [0], "it leaves")
 
@@ -640,6 +649,51 @@ def test_a_bird_is_stopped_while_others_block_all_threads(tmp_path):
     finally:
         Counter.go.set()
         made.close()
+
+
+def test_a_cast_that_was_taken_and_has_no_thread_does_not_keep_a_bird_from_its_end(tmp_path):
+    made = Many(tmp_path, birds=6, threads=2)
+    try:
+        Counter.go.clear()
+        assert made.many([(n, "hold") for n in range(6)], cast=True) == [None] * 6
+        until(lambda: made.host._listener._running == 2, "all threads are taken")
+        busy = [n for n in range(6) if made.lives()[made.dot(n)]._granted is not None]
+        assert busy, "some wait for a thread"
+        made.host.control(encode(wire.EndOrder(made.dot(busy[-1]), 1, "moved", True, 5.0)))
+        Counter.go.set()
+        until(lambda: wire.LifeEnded(made.dot(busy[-1]), 1, pickle.dumps(0, 5), True) in list(made.nest.words), "it has ended")
+    finally:
+        Counter.go.set()
+        made.close()
+
+
+def test_what_is_ended_while_it_waits_for_a_thread_never_begins(tmp_path):
+    made = Many(tmp_path, birds=4, threads=2)
+    try:
+        Counter.go.clear()
+        for n in range(4):
+            made.client.cast(n, None, "hold", (), {})
+        until(lambda: made.host._listener._running == 2, "all threads are taken")
+        Noted.made.clear()
+        made.hatch_only(Noted, range(10, 60))
+        for n in range(10, 60):
+            made.host.control(encode(wire.EndOrder(made.dot(n), 1, "stopped", False, 5.0)))
+        until(lambda: sum(isinstance(word, LifeEnded) for word in list(made.nest.words)) == 50, "they have ended")
+        assert not Noted.made
+    finally:
+        Counter.go.set()
+        made.close()
+
+
+def test_threads_that_end_leave_their_place_to_others(tmp_path):
+    recorder = Recorder(tmp_path, 1)
+    for n in range(1, PLACES + 100):
+        thread = threading.Thread(target=lambda n=n: (recorder.note(Dot(Life("a", 1), n)), recorder.clear()))
+        thread.start()
+        thread.join()
+    recorder.note(Dot(Life("a", 1), 7))
+    threading.Thread(target=lambda: (recorder.note(Dot(Life("a", 1), 8)), recorder.clear())).start()
+    assert suspects(tmp_path, 1) == {(7, 1)}
 
 
 def test_what_has_its_turn_and_no_thread_does_not_keep_a_bird_from_its_end(tmp_path):
