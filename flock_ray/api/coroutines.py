@@ -182,11 +182,11 @@ class AioFlock(Batches):
         progress: bool = False,
     ) -> list[Any]:
         """As `Flock.call_many`."""
-        return await self._in_thread(self._call_many, calls, timeout, retry, return_exceptions, progress)
+        return await self._batch(self._call_many, calls, timeout, retry, return_exceptions, progress)
 
     async def cast_many(self, casts: Iterable[Any], *, progress: bool = False) -> None:
         """As `Flock.cast_many`."""
-        await self._in_thread(self._cast_many, casts, progress)
+        await self._batch(self._cast_many, casts, progress)
 
     async def stop_many(self, names: Iterable[Name | Bird[Any]], *, return_exceptions: bool = False, progress: bool = False) -> list[None]:
         """As `Flock.stop_many`."""
@@ -205,9 +205,9 @@ class AioFlock(Batches):
         **kwargs: Any,
     ) -> dict[Any, Any]:
         """As `Flock.ask_all`."""
-        return await self._in_thread(self._ask_all, method, args, kwargs, of, prefix, timeout, return_exceptions, progress)
+        return await self._batch(self._ask_all, method, args, kwargs, of, prefix, timeout, return_exceptions, progress)
 
-    async def _in_thread(self, make: Callable[..., T], *args: Any) -> T:
+    async def _batch(self, make: Callable[..., T], *args: Any) -> T:
         """Makes a batch in a thread, for who runs here; cancelled, what of it has not begun is taken back (C5)."""
         caller = Caller(client_of(self.name).lanes_here(), threading.Event())
         try:

@@ -170,8 +170,7 @@ class Batch:
             try:
                 client.courier.run(self._find(unknown, ways))
             except errors.FlockError as error:  # of those that are still unknown: the others are called, or have been
-                text = "no nest has answered in time" if isinstance(error, errors.CallTimeout) else str(error)
-                self._refused.update((name, ev.Refused(type(error).__name__, text, name)) for name in unknown if name not in ways)
+                self._refused.update((name, ev.Refused(type(error).__name__, str(error), name)) for name in unknown if name not in ways)
         return ways
 
     async def _find(self, names: Sequence[Name], ways: dict[Name, Way]) -> None:
