@@ -39,8 +39,10 @@ def flock_of_ten(flyground, name):
 
 
 def runs(pid):
+    """Whether any thread of a process is left: while one is, its connections are open, though its first has ended."""
     try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        process = psutil.Process(pid)
+        return process.status() != psutil.STATUS_ZOMBIE or process.num_threads() > 1
     except psutil.NoSuchProcess:
         return False
 
