@@ -20,8 +20,8 @@ from flock_ray.specs import Dot, Life, Name, NodeRecord, Spec, Stamp, Status, na
 
 T = TypeVar("T")
 
-#: A message of records is bounded, so that who takes it in goes on answering: 500 take some 5 ms.
-RECORDS = 500
+#: A message of records is bounded, so that who takes it in goes on answering: 250 take some 3 ms.
+RECORDS = 250
 FEW = 50  # changes, which need not be sorted by name to see that they are not too many
 BYTES = 1_000_000  # of start arguments in one message, unless those of one name alone are more
 

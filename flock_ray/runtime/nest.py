@@ -51,7 +51,7 @@ CONFIRM = 10.0  # seconds after which the failure detector knows, too, that a ne
 PROBE = 0.5  # seconds until a raylet that does not answer counts as cut off
 SHARE_SETTLES = 1.0  # seconds: in a burst of changes the load is told once
 FLUSH = 0.005  # seconds between messages to a peer: one costs 1 to 3 ms of CPU as a Ray call, so in a burst they are sent together
-READING = 0.02  # seconds for which letters are read in a round
+READING = 0.01  # seconds for which letters are read in a round
 MANY = 64  # requests that are taken in together, and wait for a round of their own
 PICKLED = 1_000  # birds in an answer that is pickled in a thread
 WRITTEN = 5_000  # names, after which the garbage collector is told to leave alone what there is
@@ -107,7 +107,7 @@ class Nest:
         self._hosts = Hosts(self._record, node, self._me, self._in_thread, self._handle, self._turned_away)
         # Young objects of a burst live on, so to look for garbage among each 700 of them is in vain; more would be a longer pause.
         gc.set_threshold(5_000, 5, 10)
-        self._freeze(0)
+        _freeze()
         _log_to_stderr()
         self._end_with_the_raylet()
         self._task(self._run())
@@ -249,12 +249,13 @@ class Nest:
         for effect in registry.handle_all(events, time.monotonic()):
             getattr(self, f"_do_{type(effect).__name__}")(effect)
         if self._outbox and self._flush_timer is None:
-            self._flush_timer = self._loop.call_at(self._flushed + FLUSH, self._flush)
+            self._flush_timer = self._loop.call_at(self._flushed + FLUSH, self._steps.add, self._flush)
         if registry.membership.ready and not self._ready.is_set():
             self._ready.set()
         self._note_share(registry)
         if registry.replica.birds.writes - self._frozen >= WRITTEN:
-            self._freeze(registry.replica.birds.writes)
+            self._frozen = registry.replica.birds.writes
+            self._steps.add(_freeze)
         if self._wake is not None:
             self._wake.cancel()
         delay = registry.wake_at() - time.monotonic()
@@ -269,16 +270,6 @@ class Nest:
     def _tick_now(self) -> None:
         self._ticks = False
         self._handle(ev.Tick())
-
-    def _freeze(self, writes: int) -> None:
-        """Tells Python's garbage collector to leave alone what there is now.
-
-        It would walk through all objects there are again and again: 10 for each name, a pause of 0.1 s at 100,000 names and of a second at
-        a million, and a third of what a start costs (measured). A replica has no cycles, so it never finds anything there.
-        """
-        gc.collect()  # or what is garbage now would stay for ever; only what came since the last time is walked through: some ms
-        gc.freeze()
-        self._frozen = writes
 
     def _do_Send(self, effect: do.Send) -> None:
         self._outbox.setdefault(effect.to.node, []).append((effect.to, effect.envelope))
@@ -463,6 +454,7 @@ class Nest:
         until = self._loop.time() + timeout
         refused = await self._not_to_come(registry, names, timeout, dots)
         while True:
+            await self._steps.turn()  # what many wait for comes for all of them at once
             places, rows = readings.routes(registry, names)
             missing = [place for place, row in enumerate(rows) if row is None and place not in refused]
             if not missing or self._loop.time() >= until:
@@ -650,6 +642,16 @@ _ANSWERED: dict[str, Callable[..., Awaitable[bytes | None]]] = {
     "pid": Nest.packed_pid,
     "ready": Nest.ready,
 }
+
+
+def _freeze() -> None:
+    """Tells Python's garbage collector to leave alone what there is now.
+
+    It would walk through all objects there are again and again: 10 for each name, a pause of 0.1 s at 100,000 names and of a second at a
+    million, and a third of what a start costs (measured). A replica has no cycles, so it never finds anything there.
+    """
+    gc.collect()  # or what is garbage now would stay for ever; only what came since the last time is walked through: some ms
+    gc.freeze()
 
 
 def _log_to_stderr() -> None:
