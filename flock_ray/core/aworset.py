@@ -295,6 +295,11 @@ class AWORSet(Generic[K, V]):
         self._settle()
         return self._leaves.keys(leaf)
 
+    def leaves(self) -> Iterator[int]:
+        """The leaves of the digest tree that have keys."""
+        self._settle()
+        return iter(self._leaves)
+
     def within(self, arcs: Sequence[Arc]) -> list[K]:
         """The keys whose positions lie in these arcs."""
         self._settle()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 from flock_ray.core.events import Outcome
+from flock_ray.core.journal import Entry
 from flock_ray.core.messages import Envelope
 from flock_ray.core.notices import Notice
 from flock_ray.specs import Dot, Life, Name, Spec
@@ -17,6 +18,12 @@ from flock_ray.specs import Dot, Life, Name, Spec
 class Send(NamedTuple):
     to: Life
     envelope: Envelope
+
+
+class Write(NamedTuple):
+    """Write this into the journal, before anything that follows is done: nothing that was accepted is lost with this nest (V2)."""
+
+    entries: tuple[Entry, ...]
 
 
 class Hatch(NamedTuple):
@@ -102,4 +109,4 @@ class Emit(NamedTuple):
     notice: Notice
 
 
-Effect: TypeAlias = Send | Hatch | EndLife | Kill | Raise | Forget | StartAfresh | ProbeNode | Demand | Reply | Emit
+Effect: TypeAlias = Write | Send | Hatch | EndLife | Kill | Raise | Forget | StartAfresh | ProbeNode | Demand | Reply | Emit

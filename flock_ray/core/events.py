@@ -36,11 +36,13 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True)
 class Booted:
-    """The first event: what the hosts of this node still have, and the birds that ended normally meanwhile."""
+    """The first event: what the hosts of this node still have, the birds that ended normally meanwhile, and what the nest's life before
+    has written down (`core/journal.py`)."""
 
     node: NodeRecord
     adopted: tuple[Adopted, ...] = ()
     exits: tuple[tuple[Name, Dot], ...] = ()
+    journal: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,6 +98,17 @@ class Membership:
         self._alone_at = now + self._config.bootstrap_wait
         self.placement = Placement(self._replica, self.view)
 
+    def restored(self, view: frozenset[Life]) -> list[Life]:
+        """This nest's life before had this view. Returns the nests whose nodes are to be probed.
+
+        Those that died with it are coming back, and hold what they held: it is no boot alone (M5).
+        """
+        others = sorted(life for life in view if life.node != self.me.node)
+        for life in others:
+            self.peer(life).condition = Condition.DYING
+        self.whole |= {life.node for life in view}
+        return others
+
     def peer(self, life: Life) -> Peer:
         return self.peers.setdefault(life, Peer(life))
 

@@ -124,6 +124,18 @@ class NestReady(NestNotice):
     """This nest has its view and acts."""
 
 
+@dataclass(frozen=True, slots=True)
+class JournalUnreadable(Notice):
+    """A piece of what this nest's life before has written."""
+
+    level: ClassVar[int] = logging.ERROR
+    why: str
+
+    @property
+    def text(self) -> str:
+        return f"{self.why}; what no other nest knows of it is lost: see with birds() what is missing, and start it again"
+
+
 def last_line(error: str) -> str:
     lines = error.strip().splitlines()
     return lines[-1] if lines else "no error was recorded"

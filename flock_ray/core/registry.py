@@ -13,8 +13,7 @@ heard by it (a split, a boot or join during one, or a false death).
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, get_args
@@ -22,14 +21,15 @@ from typing import Any, get_args
 from flock_ray.config import Config
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
+from flock_ray.core import journal, notices, wire
 from flock_ray.core import messages as msg
-from flock_ray.core import notices, wire
 from flock_ray.core.arcs import difference, inside
 from flock_ray.core.barrier import Barrier
 from flock_ray.core.desk import Desk
 from flock_ray.core.handover import Handover
 from flock_ray.core.holds import BirdLife, Holds, Phase
 from flock_ray.core.inbox import Inbox
+from flock_ray.core.journal import Entry
 from flock_ray.core.membership import REMEMBERED, Membership
 from flock_ray.core.records import Record
 from flock_ray.core.replica import RecordChange, Replica
@@ -44,7 +44,6 @@ BURST = 0.5  # the same for first starts at the nest that owns them: a start and
 RELAY_AFTER = 2  # unanswered tries before every other one goes through a third nest (H2)
 AWAKE = float("inf")
 
-_OF_LIVES = (wire.LifeBegins, wire.LifeRunning, wire.LifeCrashed, wire.LifeExited, wire.LifeEnded)
 _TAKEN_BY: dict[type, str] = {kind: f"_on_{kind.__name__}" for kind in get_args(ev.Event)}
 
 
@@ -80,8 +79,9 @@ class Registry:
         self.inbox = Inbox(self)
         self.memory_low = False
         self._counter = 0
-        self._adopting: deque[ev.Adopted] = deque()  # not taken over yet
-        self._early: list[ev.Event] = []  # what hosts said meanwhile
+        self._boot: Iterator[None] | None = None  # what is left of it, in steps
+        self._early: list[ev.Event] = []  # what was heard meanwhile
+        self._written_view: frozenset[Life] | None = None
         self._dirty: dict[Name, None] = {}
         self.waiting: set[Name] = set()  # owned here, and something is missing before they can be hatched
         self._crowded: set[Name] = set()  # of these, those this nest does not admit (P3)
@@ -120,18 +120,23 @@ class Registry:
         for event in events:
             self._take(event)
         self._advance()
-        effects, self._out = self._out, []
+        entries: tuple[Entry, ...] = tuple(self.replica.unwritten())
+        if self._boot is None and self.membership.view != self._written_view:
+            self._written_view = self.membership.view
+            entries += (self._written_view,)
+        effects: list[do.Effect] = [do.Write(entries), *self._out] if entries else self._out
+        self._out = []
         return effects
 
     def _take(self, event: ev.Event) -> None:
-        if self._adopting and isinstance(event, _OF_LIVES):
-            self._early.append(event)  # it may be of a life that is still to be adopted
+        if self._boot is not None and not isinstance(event, ev.Tick):
+            self._early.append(event)  # it may be of a life that is still to be adopted, or of what is still to be read
         else:
             getattr(self, _TAKEN_BY[type(event)])(event)
 
     def wake_at(self) -> float:
         """When a `Tick` is due at the latest."""
-        if self._dirty or self._adopting:
+        if self._dirty or self._boot is not None:
             return self.now
         times = [self.membership.wake_at(), self.sync.wake_at(), self.desk.wake_at(), self._next_sync]
         times += [self.supervision.wake_at(), self.handover.wake_at()]
@@ -148,23 +153,40 @@ class Registry:
     # Membership events
 
     def _on_Booted(self, event: ev.Booted) -> None:
+        self._boot = self._boot_with(event)
+        self._boot_some(self._boot)
+
+    def _boot_some(self, boot: Iterator[None]) -> None:
+        """Boots for a step. Only when it knows what was written and what its hosts hold may a nest become ready, and say what it holds."""
+        for _ in boot:
+            return
+        self._boot = None
+        early, self._early = self._early, []
+        for event in early:
+            self._take(event)
+
+    def _boot_with(self, event: ev.Booted) -> Iterator[None]:
+        """Takes over what the life before has written and what hosts have kept, in steps of some ms."""
+        before = journal.Reader(self.replica)
+        for piece in event.journal:
+            try:
+                before.read(piece)
+            except journal.UnreadableError as error:
+                self.notice(notices.JournalUnreadable(self.me, str(error)))
+            yield
+        before.end()
         self.replica.learn([event.node])
-        self._next_sync = self.now + self.config.retry_interval
         for name, dot in event.exits:
             self.changed(self.replica.exited(name, dot))
             self.effect(do.Forget(dot))
-        self._adopting.extend(event.adopted)
-        self._adopt_some()
-
-    def _adopt_some(self) -> None:
-        """Takes over what hosts have kept, in steps. Only when all of it is known may this nest become ready, and say what it holds."""
-        for _ in range(min(NAMES_A_STEP, len(self._adopting))):
-            self._adopt(self._adopting.popleft())
-        if not self._adopting:
-            self.membership.booted(self.now)
-            early, self._early = self._early, []
-            for event in early:
-                self._take(event)
+        for number, adopted in enumerate(event.adopted, 1):
+            self._adopt(adopted)
+            if number % NAMES_A_STEP == 0:
+                yield
+        self._next_sync = self.now + self.config.retry_interval
+        for life in self.membership.restored(before.view):
+            self.effect(do.ProbeNode(life))
+        self.membership.booted(self.now)
 
     def _adopt(self, adopted: ev.Adopted) -> None:
         """Takes over what a host has kept, under its own dot (V2)."""
@@ -369,8 +391,8 @@ class Registry:
     # Time
 
     def _advance(self) -> None:
-        if self._adopting:
-            self._adopt_some()
+        if self._boot is not None:
+            self._boot_some(self._boot)
         was_ready = self.membership.ready
         old = self.membership.step(self.now)
         if old is not None:

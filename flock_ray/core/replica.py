@@ -82,6 +82,8 @@ class Replica:
         self._users: Counter[str] = Counter()  # specs by code digest
         self._adders: Counter[Life] = Counter()  # entries by the life that added them
         self._environments: Counter[str] = Counter()  # specs by runtime_env
+        self._unwritten: list[Update | Context] = []  # for the journal
+        self._unwritten_changes: list[RecordChange] = []  # the latest of it
 
     # Reading
 
@@ -120,7 +122,7 @@ class Replica:
     def add(self, name: Name, dot: Dot, spec: Spec, code: bytes | None) -> RecordChange:
         (change,) = self._seen([self.birds.add(name, dot, Record(shared(spec)))])
         if code is not None:
-            self.code.setdefault(spec.code, code)
+            self.take_code({spec.code: code})
         return change
 
     def exited(self, name: Name, dot: Dot) -> RecordChange | None:
@@ -128,6 +130,7 @@ class Replica:
         if self.birds.value(name, dot) is not None:
             return self.remove(name, [dot])
         self.birds.context.add(dot)
+        self._unwritten.append(Update(Delta({}, {dot})))
         return None
 
     def remove(self, name: Name, dots: Iterable[Dot]) -> RecordChange:
@@ -138,11 +141,16 @@ class Replica:
         record = self.birds.value(name, dot)
         if record is None:
             return None
-        return self.birds.update(name, dot, Record(record.spec, status))
+        change = self.birds.update(name, dot, Record(record.spec, status))
+        self._unwritten_changes.append(change)
+        return change
 
     def join(self, update: Update) -> list[RecordChange]:
         self.learn(update.nodes)
+        dots = update.delta.context.difference(dot for pairs in update.delta.entries.values() for dot, _ in pairs)
         changes = self._seen(self.birds.join(update.delta))
+        if dots:  # also of what was never here: it may come yet, late
+            self._unwritten.append(Update(Delta({}, dots)))
         self.take_code(update.code)
         return changes
 
@@ -154,9 +162,19 @@ class Replica:
         self.take_code(content.code)
         return changes
 
+    def merge_context(self, context: Context) -> None:
+        """Takes over a whole context, of a replica with the same entries."""
+        self.birds.merge_context(context)
+        self._unwritten += self._fold()
+        self._unwritten.append(context)
+
     def take_code(self, code: dict[str, bytes]) -> None:
         """Keeps the code that some spec needs."""
-        self.code.update({digest: body for digest, body in code.items() if self._users[digest]})
+        needed = {digest: body for digest, body in code.items() if self._users[digest] and digest not in self.code}
+        if needed:
+            self.code.update(needed)
+            self._unwritten += self._fold()
+            self._unwritten.append(Update(code=needed))
 
     def learn(self, nodes: Iterable[NodeRecord], had_cpus: bool = False) -> None:
         """Takes node records in, and whether any node ever had CPUs as a peer knows it: the record that said so may be gone (P1)."""
@@ -164,6 +182,7 @@ class Replica:
             if node.life not in self.nodes:
                 self.nodes[node.life] = node
                 self.nodes_version += 1
+                self._unwritten.append(Update(nodes=(node,)))
             had_cpus = had_cpus or node.cpus > 0
         if had_cpus and not self.had_cpus:
             self.had_cpus = True
@@ -240,9 +259,27 @@ class Replica:
             context.forget(life)
         return context
 
+    # For the journal
+
+    def unwritten(self) -> list[Update | Context]:
+        """What has changed since this was last asked, in the order in which it did; each update is good without the others."""
+        entries = [*self._unwritten, *self._fold()]
+        self._unwritten = []
+        return entries
+
+    def _fold(self) -> list[Update | Context]:
+        changes, self._unwritten_changes = self._unwritten_changes, []
+        return [Update(self.birds.delta_of(changes))] if changes else []
+
+    def update_within(self, leaves: Iterable[int]) -> Update:
+        """What is held of these leaves of the digest tree, as exact dots."""
+        entries = self.birds.part((), leaves).entries
+        return Update(Delta(entries, {dot for pairs in entries.values() for dot, _ in pairs}), self._code_of(entries))
+
     # Bookkeeping of what changed
 
     def _seen(self, changes: list[RecordChange]) -> list[RecordChange]:
+        self._unwritten_changes += changes
         unused: set[str] = set()
         for name, before, after in changes:
             if len(before) == len(after) == 1 and before[0][0] == after[0][0]:

@@ -90,7 +90,7 @@ class Sync:
             news = self._replica.updates_against(answer.content.part)
             changes = self._replica.join_content(answer.content)
         if answer.context is not None:
-            self._replica.birds.merge_context(answer.context)
+            self._replica.merge_context(answer.context)
         rest = session.todo[len(session.asked) :]
         session.todo = self._replica.birds.differing(answer.hashes) + rest
         session.asked, session.attempts, session.ask_again_at = (), 0, 0.0

@@ -57,7 +57,7 @@ from flock_ray.runtime.listener import NEST_SOCKET, Answered, Answers, Caller, L
 from flock_ray.runtime.mailbox import Lock
 from flock_ray.runtime.replies import Down, NoAnswer
 from flock_ray.runtime.sockets import SocketLink
-from flock_ray.runtime.tether import NestAwayError, PidFile, Reporter, Tether, ToNest
+from flock_ray.runtime.tether import PATIENCE, NestAwayError, PidFile, Pulse, Reporter, Tether, ToNest
 from flock_ray.runtime.timers import Scheduler
 from flock_ray.runtime.tls import contexts
 from flock_ray.specs import Dot, Life, Name
@@ -143,11 +143,13 @@ class Host:
         self._parcel_numbers = itertools.count()
         self._file = PidFile(boot.directory, boot.host)
         atexit.register(self._file.remove)
-        self._tether = Tether(boot.nest_pid, raylet_pid, boot.nest_grace, self._die, self._orphaned)
+        self._link = link
+        self._tether = Tether(boot.nest_pid, raylet_pid, boot.nest_grace, self._die, self._orphaned, self._nobody_else)
         self._reporter = Reporter(link, self._report, self._tether, self._welcomed)
         self.says(HostUp(self.host, self.pid))
         self._reporter.start()
         self._tether.start()
+        Pulse(link, self._tether, boot.nest_grace).start()
 
     # What nests order
 
@@ -378,6 +380,12 @@ class Host:
                 continue
         self._leave_process(code)
 
+    def _nobody_else(self) -> bool:
+        try:
+            return self._link.alone(PATIENCE)
+        except NestAwayError:
+            return False
+
     def _orphaned(self) -> None:
         if not self._lives:
             self._die("its nest has ended, and it holds nothing")
@@ -400,6 +408,7 @@ class SocketToNest:
     def __init__(self, boot: HostBoot) -> None:
         self._boot = boot
         self._link: SocketLink | None = None
+        self._connecting = threading.Lock()
 
     def say(self, word: bytes, timeout: float) -> bytes | None:
         return self._request("say", word, timeout) or None
@@ -407,13 +416,18 @@ class SocketToNest:
     def pid(self, timeout: float) -> int:
         return pickle.loads(self._request("pid", b"", timeout))  # type: ignore[no-any-return]  # as the nest has packed it
 
+    def alone(self, timeout: float) -> bool:
+        return bool(pickle.loads(self._request("read", pickle.dumps(("alone",)), timeout)))
+
     def _request(self, what: str, body: bytes, timeout: float) -> bytes:
         try:
-            if self._link is None or self._link.lost():
-                self._link = SocketLink(
-                    self._boot.secret, self._boot.flock_life, f" {NEST_SOCKET}", Path(self._boot.directory), limit=NEST_BODY
-                )
-            return self._link.transmit(CALL, encode(ForNest(what), body)).get(timeout).message
+            with self._connecting:
+                if self._link is None or self._link.lost():
+                    self._link = SocketLink(
+                        self._boot.secret, self._boot.flock_life, f" {NEST_SOCKET}", Path(self._boot.directory), limit=NEST_BODY
+                    )
+                link = self._link
+            return link.transmit(CALL, encode(ForNest(what), body)).get(timeout).message
         except (OSError, ProtocolError, Down, NoAnswer) as error:
             raise NestAwayError(str(error)) from error
 
@@ -429,6 +443,9 @@ class RayToNest:
 
     def pid(self, timeout: float) -> int:
         return self._get(self._nest.pid.remote(), timeout)  # type: ignore[no-any-return]  # as above
+
+    def alone(self, timeout: float) -> bool:
+        return bool(pickle.loads(self._get(self._nest.read.remote(pickle.dumps(("alone",))), timeout)))
 
     def _get(self, ref: Any, timeout: float) -> Any:
         try:

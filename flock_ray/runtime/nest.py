@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import random
+import sqlite3
 import sys
 import time
 import uuid
@@ -27,18 +28,20 @@ from ray.actor import ActorHandle
 
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
-from flock_ray.core import letters, readings, wire
+from flock_ray.core import journal, letters, readings, wire
 from flock_ray.core import messages as msg
 from flock_ray.core.connection import ANSWER, NOTE
 from flock_ray.core.notices import ConnectionsRefused, Notice
 from flock_ray.core.registry import Registry
 from flock_ray.runtime import cluster
 from flock_ray.runtime.hosts import Hosts
+from flock_ray.runtime.journal import Journal, open_journal
 from flock_ray.runtime.listener import NEST_SOCKET, Refusals
 from flock_ray.runtime.loglines import LogLines
 from flock_ray.runtime.members import Members
 from flock_ray.runtime.peers import Door, Wire, Wires, probe
 from flock_ray.runtime.steps import Steps
+from flock_ray.runtime.tether import MARGIN, clock
 from flock_ray.runtime.tls import contexts
 from flock_ray.specs import Dot, Life, Name, brought
 
@@ -55,6 +58,8 @@ READING = 0.01  # seconds for which letters are read in a round
 MANY = 64  # requests that are taken in together, and wait for a round of their own
 PICKLED = 1_000  # birds in an answer that is pickled in a thread
 WRITTEN = 5_000  # names, after which the garbage collector is told to leave alone what there is
+LIVES = 60.0  # seconds between the notes in the journal that this nest is alive
+LOOK = 1.0  # seconds between looks at the clock, and whether the journal is too long
 NOTICES = 1000  # the latest are kept, for people who ask
 SHUTDOWN = 10.0  # seconds that birds have to end when the flock is destroyed
 
@@ -74,6 +79,8 @@ class Nest:
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cluster")
         self._registry: Registry | None = None
+        self._journal: Journal | None = None
+        self._has_gaps = False  # does the journal lack something that could not be written?
         self._members: Members | None = None
         self._nodes: dict[str, cluster.Node] = {}
         self._peers: dict[str, ActorHandle[Any]] = {}
@@ -83,6 +90,7 @@ class Nest:
         self._replies: dict[str, Callable[[ev.Outcome], object]] = {}
         self._steps = Steps(self._loop)
         self._ticks = False  # does a tick wait for its round?
+        self._seen = clock()  # when it last ran
         self._flushed = 0.0  # when, on the loop's clock
         self._flush_timer: asyncio.TimerHandle | None = None
         self._wake: asyncio.TimerHandle | None = None
@@ -122,6 +130,7 @@ class Nest:
             os._exit(1)
         self._task(self._poll())
         self._task(self._join())
+        self._task(self._keep_journal())
 
     async def _boot(self) -> None:
         if not await self._still_wanted():
@@ -130,9 +139,10 @@ class Nest:
         node = self._nodes.get(self._node)
         ip = node.ip if node is not None else str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray has no types here
         door = await self._listen(ip) if self._config.wire == "auto" else ""  # first: the hosts to be adopted come by it
+        before, pieces = await self._in_thread(self._open_journal)
         adopted, exits, crashes = await self._hosts.adopt(self._config.nest_grace * 0.6)
-        known = [a.record.life.number for a in adopted if a.record is not None]
-        number = max([time.time_ns() // 1_000_000, *[n + 1 for n in known]])
+        known = [before, *[a.record.life.number for a in adopted if a.record is not None]]
+        number = max(time.time_ns() // 1_000_000, max(known) + 1)
         life = Life(self._node, number)
         self._hosts.begin(life, node.cpus if node is not None else 1)
         self._members = Members(life, self._record.life, self._record.secret, ip, door, self._config, self._handle)
@@ -140,7 +150,7 @@ class Nest:
         self._letterbox = letters.Letterbox(life, lambda error: logger.error("letters of another nest could not be read", exc_info=error))
         await self._members.start()
         mine = node if node is not None else cluster.Node(self._node, ip, 0, (), ())
-        booted = ev.Booted(cluster.node_record(life, mine, self._members.address), tuple(adopted), tuple(exits))
+        booted = ev.Booted(cluster.node_record(life, mine, self._members.address), tuple(adopted), tuple(exits), pieces)
         self._handle(booted)
         self._booted.set()
         early, self._early = self._early, []
@@ -151,6 +161,46 @@ class Nest:
         self._hosts.begin_spares()
         await self._in_thread(cluster.put_address, self._record.life, self._node, self._members.address)
         logger.info("nest %s of flock %r is up, with %d adopted birds", life, self._record.flock, len(adopted))
+
+    def _open_journal(self) -> tuple[int, tuple[bytes, ...]]:
+        """Returns the number of the life before, and what it has written, unless others may have forgotten dots of it since."""
+        try:
+            self._journal = open_journal(cluster.session_directory(self._record.life))
+            before = self._journal.before()
+            if before is None:
+                return 0, ()
+            number, seconds = before
+            if seconds > self._config.context_horizon / 2:
+                logger.warning("the journal was left %.0f hours ago: this nest joins as new (S2)", seconds / 3600)
+                self._journal.clear()
+            return number, self._journal.pieces()
+        except (sqlite3.Error, OSError) as error:
+            logger.error("there is no journal: %s; what only this nest knows ends with it", error)
+            self._journal = None
+            return 0, ()
+
+    async def _keep_journal(self) -> None:
+        """Keeps the journal short, and closes its gaps: all there is is written anew, a piece in a round of the event loop."""
+        lived = -LIVES
+        while self._journal is not None and self._registry is not None:
+            try:
+                if time.monotonic() - lived >= LIVES:
+                    lived = time.monotonic()
+                    self._journal.lives(self._registry.me.number)
+                if self._has_gaps or self._journal.is_long:
+                    self._has_gaps = False
+                    for _ in self._journal.replace(journal.copy(self._registry.replica, self._registry.membership.view)):
+                        await self._steps.turn()
+            except sqlite3.Error as error:
+                self._note_gap(error)
+            await asyncio.sleep(LOOK)
+
+    def _note_gap(self, error: sqlite3.Error) -> None:
+        if not self._has_gaps:
+            logger.error(
+                "the journal cannot be written: %s; until it can, what only this nest knows ends with it: see that its disk has room", error
+            )
+        self._has_gaps = True
 
     async def _listen(self, ip: str) -> str:
         """Opens the doors for callers, hosts and other nests; where that fails they come by Ray. Returns `ip:port`."""
@@ -243,6 +293,7 @@ class Nest:
         if self._ending or not events:  # a flock that ends hatches nothing any more
             return
         registry = self._registry
+        self._look_at_the_clock(registry)
         if registry is None or not (self._booted.is_set() or isinstance(events[0], ev.Booted)):
             self._early += events  # of hosts that are adopted, above all
             return
@@ -259,7 +310,17 @@ class Nest:
         if self._wake is not None:
             self._wake.cancel()
         delay = registry.wake_at() - time.monotonic()
-        self._wake = self._loop.call_later(min(max(delay, 0.0), 60.0), self._tick)
+        self._wake = self._loop.call_later(min(max(delay, 0.0), LOOK), self._tick)
+
+    def _look_at_the_clock(self, registry: Registry | None) -> None:
+        """A nest that was stopped (SIGSTOP, suspend) for so long that others may have its birds now asks them, as a next life does (M5)."""
+        now, before = clock(), self._seen
+        self._seen = now
+        stopped = now - before > self._config.nest_grace * MARGIN
+        if stopped and registry is not None and registry.membership.whole != {self._node}:
+            logger.error("this nest was stopped for %.1f s; Ray starts its next life, which asks the others first", now - before)
+            _flush_all(logging.getLogger().handlers)
+            os._exit(1)
 
     def _tick(self) -> None:
         """Has the registry look at what is due, in a round of its own; one that waits already does for all."""
@@ -270,6 +331,13 @@ class Nest:
     def _tick_now(self) -> None:
         self._ticks = False
         self._handle(ev.Tick())
+
+    def _do_Write(self, effect: do.Write) -> None:
+        if self._journal is not None:
+            try:
+                self._journal.write(journal.pack(effect.entries))
+            except sqlite3.Error as error:
+                self._note_gap(error)
 
     def _do_Send(self, effect: do.Send) -> None:
         self._outbox.setdefault(effect.to.node, []).append((effect.to, effect.envelope))
@@ -334,6 +402,8 @@ class Nest:
     async def _start_afresh(self) -> None:
         logger.warning("this nest was out of contact for too long; it ends its birds and joins as new")
         await self._hosts.end_all("moved", SHUTDOWN)
+        if self._journal is not None:
+            self._journal.clear()
         _flush_all(logging.getLogger().handlers)
         os._exit(1)  # Ray starts its next life, which finds nothing to adopt
 
@@ -509,6 +579,8 @@ class Nest:
             answer = len(registry.replica)
         elif kind == "nests":
             answer = readings.nests(registry, sum(await self._stepwise(readings.held(registry)), Counter()))
+        elif kind == "alone":
+            answer = registry.membership.whole == {self._node}
         elif kind == "covers":
             answer = await self._covers(registry, *rest)
         elif kind == "ring":
@@ -601,6 +673,8 @@ class Nest:
         self._wires.close()
         if self._door is not None:
             self._door.close()
+        if self._journal is not None:
+            self._journal.close()
         self._hosts.clear_up()
         ray.actor.exit_actor()  # type: ignore[no-untyped-call]  # Ray has no types here
 

@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import select
+import signal
 import threading
 import time
 from collections import deque
@@ -34,7 +35,10 @@ FRESH = 1.0  # seconds: how old the knowledge that the nest lives may be when so
 LOOK = 0.5  # seconds between looks while all is well; below FRESH, so that a call on a running process never has to look itself
 RETRY = 0.25  # seconds until a nest that did not answer is tried again
 TOGETHER = 300  # words at a time: what a nest does for one is short, and it must not be held up for long
-ANSWER = 10.0  # seconds a nest may take to answer before the word is sent again (M6)
+ANSWER = 10.0  # seconds a nest may take to answer before the word is sent again
+PULSE = 2.0  # seconds between questions to the nest whether it lives. Less costs a nest with many hosts CPU
+PATIENCE = 1.0  # seconds for the answer
+DEAF = 0.5  # of `nest_grace`, in questions without an answer: then the nest is ended, in time for its next life to be back (M6)
 
 
 def clock() -> float:
@@ -98,6 +102,14 @@ class Watched:
             return bool(self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE)
         return False
 
+    def end(self) -> None:
+        """Kills it."""
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):  # it is gone already
+            if self.fd is not None:
+                signal.pidfd_send_signal(self.fd, signal.SIGKILL)
+            elif self._process is not None:
+                self._process.kill()
+
     def close(self) -> None:
         if self.fd is not None:
             os.close(self.fd)
@@ -121,12 +133,21 @@ class Tether:
         grace: `nest_grace`, seconds.
         end: ends the process at once; called from any thread.
         orphaned: called when the nest has been found dead.
+        nobody_else: asks the nest whether the flock is on this node only, so that nobody can have hatched the birds elsewhere while this
+            process was stopped, and its nest with it.
     """
 
     def __init__(
-        self, nest_pid: int, raylet_pid: int | None, grace: float, end: Callable[[str], object], orphaned: Callable[[], object]
+        self,
+        nest_pid: int,
+        raylet_pid: int | None,
+        grace: float,
+        end: Callable[[str], object],
+        orphaned: Callable[[], object],
+        nobody_else: Callable[[], bool] = lambda: False,
     ) -> None:
         self._patience = grace * MARGIN
+        self._nobody_else = nobody_else
         self._end = end
         self._orphaned = orphaned
         self._lock = threading.Lock()
@@ -150,6 +171,12 @@ class Tether:
             return True
         return self._look()
 
+    def end_nest(self) -> None:
+        """Ends a nest that does not answer, and nothing else: its pid may be another process's by now, its pidfd may not."""
+        with self._lock:
+            if self._since is None:
+                self._nest.end()
+
     def adopt(self, pid: int) -> None:
         """A nest's new life has this host now; past the deadline that is too late, for a peer may have hatched the bird."""
         if not self._look():
@@ -165,6 +192,7 @@ class Tether:
         with self._lock:
             now = clock()
             if self._since is None and self._nest.alive():
+                self._over = now - self._seen > self._patience and not self._nobody_else()
                 self._seen, self._good_until = now, now + FRESH
             elif self._since is None:
                 self._since, self._good_until = self._seen, 0.0
@@ -174,7 +202,7 @@ class Tether:
                 self._over = True
             over = self._over
         if over:
-            self._end(f"no nest for {self._patience:.1f} s")
+            self._end(f"no nest for {self._patience:.1f} s, or stopped for as long")
         return not over
 
     def _watch(self) -> None:
@@ -209,6 +237,52 @@ class ToNest(Protocol):
 
     def pid(self, timeout: float) -> int:
         """The nest's process; raises `NestAwayError`."""
+
+    def alone(self, timeout: float) -> bool:
+        """Is the flock on this node only? Raises `NestAwayError`."""
+
+
+class Pulse:
+    """Ends a nest that lives and does not answer (M6): its peers give it up, and its birds would run on beside those they hatch.
+
+    What is counted is questions and not seconds: who was stopped himself, and wakes up late, has waited for one of them only.
+
+    Args:
+        grace: `nest_grace`, seconds.
+    """
+
+    def __init__(self, link: ToNest, tether: Tether, grace: float) -> None:
+        self._link = link
+        self._tether = tether
+        self._most = max(2, round(DEAF * grace / PATIENCE))
+        self._unanswered = 0
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name="flock_ray pulse", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(PULSE if not self._unanswered else 0.0)
+            self.ask()
+
+    def ask(self) -> None:
+        """Asks once."""
+        if not self._tether.adopted:  # it has died: that is the tether's business
+            self._unanswered = 0
+            time.sleep(PULSE)
+            return
+        asked = time.monotonic()
+        try:
+            self._link.pid(PATIENCE)
+        except NestAwayError:
+            self._unanswered += 1
+            time.sleep(max(0.0, asked + PATIENCE - time.monotonic()))  # it may be that nobody listens
+        else:
+            self._unanswered = 0
+        if self._unanswered >= self._most:
+            log.error("the nest of this node has left %d questions unanswered, and is ended; Ray starts it again", self._unanswered)
+            self._tether.end_nest()
+            self._unanswered = 0
 
 
 class Reporter:

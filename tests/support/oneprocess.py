@@ -48,6 +48,9 @@ class Nest:
     def pid(self, timeout: float) -> int:
         return os.getpid()
 
+    def alone(self, timeout: float) -> bool:
+        return True
+
 
 class ActorReply:
     """The answer of an actor call."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import heapq
 import random
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 from flock_ray.config import Config
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
-from flock_ray.core import letters, wire
+from flock_ray.core import journal, letters, wire
 from flock_ray.core import messages as msg
 from flock_ray.core.membership import Condition
 from flock_ray.core.registry import Registry
@@ -85,6 +85,10 @@ class Node:
     life: int = 0
     hosts: dict[tuple[Dot, int], Host] = field(default_factory=dict)
     exits: dict[Dot, Name] = field(default_factory=dict)
+    journal: list[bytes] = field(default_factory=list)
+    copying: Iterator[bytes] | None = None  # all there is is written anew,
+    outdated: int = 0  # and then so many pieces are deleted, the oldest first
+    lived_since: float = 0.0  # the node, whatever becomes of its nests
     held: set[Dot] = field(default_factory=set)
     down_since: float = 0.0
     was_ready: bool = False
@@ -125,6 +129,7 @@ MIXES: dict[str, Mix] = {
     "moves": Mix(4, 2, 4, dict(reset=0.5, start=3, stop=1, join=3, die=1, crash=1), loss=0.1, double=0.2),
     "split": Mix(4, 4, 3, dict(start=3, stop=2, cut=3, heal=2, crash=1, exit=0.5)),
     "nests": Mix(3, 3, 3, dict(refuse=0.5, reset=0.5, start=3, stop=2, nest=4, exit=1.5, crash=1, wrong=0.5)),
+    "blackout": Mix(3, 3, 4, dict(start=4, stop=2, exit=1, crash=1, restart=0.5, nests=1, nest=0.5, cut=0.3, heal=0.5)),
     "churn": Mix(5, 2, 2, dict(reset=0.5, start=2, stop=2, die=2, join=4, nest=1)),
     "placed": Mix(4, 3, 4, dict(start=5, stop=3, join=1, die=0.5, wrong=1, nest=1), demands=True),
     "last": Mix(2, 2, 4, dict(start=5, stop=1, die=0.5), demands=True),
@@ -146,8 +151,8 @@ class World:
         self.values = 0
         self.must: dict[Dot, tuple[int, set[int]]] = {}
         self.dots: dict[Dot, Name] = {}
-        self.accepted: dict[Dot, tuple[Name, Life]] = {}
-        self.removed: dict[Dot, Life] = {}
+        self.accepted: dict[Dot, tuple[Name, Life, float]] = {}  # when
+        self.removed: dict[Dot, tuple[Life, float]] = {}
         self.requests: dict[str, tuple[str, Name, Node]] = {}
         self.outcomes: dict[str, ev.Outcome] = {}
         self.moved_states = 0
@@ -186,8 +191,10 @@ class World:
     # A nest and its shell
 
     def boot(self, node: Node) -> None:
-        node.alive = True
+        if not node.alive:
+            node.alive, node.journal, node.lived_since = True, [], self.time
         node.life += 1
+        node.copying = None
         me = Life(node.id, node.life)
         node.nest = self.registry(me, self.config, random.Random(self.rng.random()).random)
         self._note_removals(node.nest)
@@ -199,10 +206,9 @@ class World:
             for h in node.hosts.values()
         ]
         exits = tuple((name, dot) for dot, name in node.exits.items())
-        node.exits = {}
         self.log(f"boot {me} adopts {[(str(a.dot), a.incarnation, a.record is not None) for a in adopted]}")
         record = NodeRecord(me, node.cpus, node.resources)
-        self.handle(node, ev.Booted(record, tuple(adopted), exits))
+        self.handle(node, ev.Booted(record, tuple(adopted), exits, tuple(node.journal)))
 
     def _unreadable(self, error: Exception) -> None:
         raise Violation("letters cannot be read") from error
@@ -213,7 +219,7 @@ class World:
 
         def noted(name: Name, dots: Iterable[Dot]) -> None:
             gone = list(dots)
-            self.removed.update((dot, nest.me) for dot in gone)
+            self.removed.update((dot, (nest.me, self.time)) for dot in gone)
             remove(name, gone)
 
         nest.remove = noted  # type: ignore[method-assign]  # a wire tap
@@ -277,6 +283,21 @@ class World:
 
     # Effects
 
+    def _do_Write(self, node: Node, nest: Registry, effect: do.Write) -> None:
+        node.journal.append(journal.pack(effect.entries))
+        if node.copying is not None:
+            piece = next(node.copying, None)
+            if piece is not None:
+                node.journal.append(piece)
+            else:
+                deleted = self.rng.randint(0, node.outdated)
+                del node.journal[:deleted]
+                node.outdated -= deleted
+                node.copying = node.copying if node.outdated else None
+        elif self.rng.random() < 0.05:
+            node.outdated = len(node.journal)
+            node.copying = journal.copy(nest.replica, nest.membership.view)
+
     def _do_Send(self, node: Node, nest: Registry, effect: do.Send) -> None:
         to = self.node(effect.to)
         if self.rng.random() < self._loss():
@@ -292,11 +313,6 @@ class World:
     def _deliver(self, source: Node, to: Node, effect: do.Send, packed: bytes) -> None:
         if (source.index, to.index) in self.cuts or to.nest is None or to.nest.me != effect.to:
             return
-        body = effect.envelope.body
-        if isinstance(body, msg.ReleaseAnswer) and body.record is not None and body.dot in self.must:
-            value, who = self.must[body.dot]
-            if body.record.state == str(value).encode():
-                who.add(to.index)
         was_empty = not to.letterbox
         to.letterbox.add(packed)
         if was_empty:
@@ -305,7 +321,24 @@ class World:
     def _read(self, node: Node, letterbox: letters.Letterbox) -> None:
         """Takes in what has come, many letters at a time, unless the nest they were for is gone."""
         while letterbox and letterbox is node.letterbox:
-            self.handle(node, *map(ev.Received, letterbox.take()))
+            envelopes = letterbox.take()
+            for envelope in envelopes:
+                self._note_copy(node, envelope)
+            self.handle(node, *map(ev.Received, envelopes))
+
+    def _note_copy(self, node: Node, envelope: msg.Envelope) -> None:
+        """A nest has fetched a record, of one that it knows to hold it: until a life of it runs it may be the only one."""
+        body, nest = envelope.body, node.nest
+        if (
+            nest is None
+            or not isinstance(body, msg.ReleaseAnswer)
+            or (envelope.sender, body.dot) not in nest.barrier.reports.get(body.name, {})
+        ):
+            return
+        if body.record is not None and body.dot in self.must:
+            value, who = self.must[body.dot]
+            if body.record.state == str(value).encode():
+                who.add(node.index)
 
     def _do_Hatch(self, node: Node, nest: Registry, effect: do.Hatch) -> None:
         for other in self.nodes:
@@ -390,7 +423,7 @@ class World:
     def _do_StartAfresh(self, node: Node, nest: Registry, effect: do.StartAfresh) -> None:
         self.log(f"{nest.me} starts afresh")
         self.fresh_starts += 1
-        node.nest = None
+        node.nest, node.journal, node.lived_since = None, [], self.time
         self._end_hosts(node)
         self.at(1.0, lambda: self._back(node, nest.me.number))
 
@@ -435,7 +468,7 @@ class World:
             if dot in self.dots:
                 raise Violation(f"dot {dot} was used twice")
             self.dots[dot] = name
-            self.accepted[dot] = (name, nest.me)
+            self.accepted[dot] = (name, nest.me, self.time)
         self.log(f"{kind} {name} at {nest.me}: {effect.outcome}")
 
     def _do_Emit(self, node: Node, nest: Registry, effect: do.Emit) -> None:
@@ -542,26 +575,34 @@ class World:
             self.log(f"exit {host.name} {host.dot} inc {host.born} at {node.id}")
             if host.spec.options.restart != "permanent":
                 node.exits[host.dot] = host.name
-                self.removed.setdefault(host.dot, Life(node.id, node.life))
+                self.removed.setdefault(host.dot, (Life(node.id, node.life), self.time))
             self.handle(node, wire.LifeExited(host.dot, host.born))
 
     def _fault_nest(self) -> None:
         """A nest dies; Ray brings it back, or not in time for its hosts."""
         node = self._some([n for n in self.nodes if n.nest is not None])
         if node is not None:
-            self.log(f"nest of {node.id} dies")
-            node.nest, node.down_since = None, self.time
-            self._break_connections(node)
-            life = node.life
-            back = self.rng.uniform(0.5, 3.0) if self.rng.random() < 0.8 else self.rng.uniform(HOST_PATIENCE + 0.5, 15.0)
-            self.at(HOST_PATIENCE, lambda: self._impatient(node, life))
-            self.at(back, lambda: self._back(node, life))
+            self._end_nest(node, self.rng.uniform(0.5, 3.0) if self.rng.random() < 0.8 else self.rng.uniform(HOST_PATIENCE + 0.5, 15.0))
+
+    def _end_nest(self, node: Node, back: float) -> None:
+        self.log(f"nest of {node.id} dies")
+        node.nest, node.down_since = None, self.time
+        for dot, (_, who) in self.must.items():
+            if not any(host.dot == dot and host.record is not None for host in node.hosts.values()):
+                who.discard(node.index)  # fetched, and kept in its memory
+        self._break_connections(node)
+        life = node.life
+        self.at(HOST_PATIENCE, lambda: self._impatient(node, life))
+        self.at(back, lambda: self._back(node, life))
 
     def _impatient(self, node: Node, life: int) -> None:
         if node.alive and node.nest is None and node.life == life:
             self._end_hosts(node)
 
     def _end_hosts(self, node: Node) -> None:
+        for dot in node.exits:
+            if self.removed[dot][0].node == node.id:  # nobody has been told
+                del self.removed[dot]
         node.hosts, node.exits = {}, {}
         for _, who in self.must.values():
             who.discard(node.index)
@@ -569,6 +610,11 @@ class World:
     def _back(self, node: Node, life: int) -> None:
         if node.alive and node.nest is None and node.life == life:
             self.boot(node)
+
+    def _fault_nests(self) -> None:
+        """All nests die at once, and come back one after the other."""
+        for node in [n for n in self.nodes if n.nest is not None]:
+            self._end_nest(node, self.rng.uniform(0.5, 5.0))
 
     def _fault_die(self) -> None:
         nodes = [n for n in self.nodes if n.alive]
@@ -692,7 +738,9 @@ class World:
                 if runs and record.spec.options.moves:
                     return f"{name} is {status} owned by {owner} and runs {runs}"
                 continue
-            if not any(record.spec.code in nest.replica.code for nest in nests) and not self._lives(dot.life):
+            accepted = self.accepted.get(dot)
+            known = accepted is None or self._lived_since(*accepted[1:])
+            if not known and not any(record.spec.code in nest.replica.code for nest in nests):
                 continue  # its node died before anybody else had its code: an acknowledgement by one nest promises no more
             if status is None or status.state != "running" or len(runs) != 1 or runs[0][1:] != (dot, status.incarnation):
                 return f"{name}: {dot} runs {runs}, status {status}"
@@ -700,20 +748,19 @@ class World:
                 return f"{name} runs {runs}, its owner is {owner}, status {status}"
         return self._lost_or_back(first)
 
-    def _lives(self, life: Life) -> bool:
-        nest = self.node(life).nest
-        return nest is not None and nest.me == life
+    def _lived_since(self, life: Life, when: float) -> bool:
+        """Has the node of a nest lived on? Then what that nest knew is not lost, for its next lives read its journal (V2)."""
+        node = self.node(life)
+        return node.alive and node.lived_since <= when
 
     def _lost_or_back(self, first: Registry) -> str:
-        for dot, (name, life) in self.accepted.items():
-            origin = self.node(life)
-            if dot in self.removed or origin.nest is None or origin.nest.me != life:
+        for dot, (name, life, when) in self.accepted.items():
+            if dot in self.removed or not self._lived_since(life, when):
                 continue
             if first.replica.record(name, dot) is None:
                 return f"{name} {dot} was accepted by {life} and is lost"
-        for dot, life in self.removed.items():
-            by = self.node(life)
-            if by.nest is not None and by.nest.me == life and dot in self.dots and first.replica.record(self.dots[dot], dot) is not None:
+        for dot, (life, when) in self.removed.items():
+            if self._lived_since(life, when) and dot in self.dots and first.replica.record(self.dots[dot], dot) is not None:
                 return f"{self.dots[dot]} {dot} was removed at {life} and is back"
         return ""
 

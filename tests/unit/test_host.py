@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -69,6 +70,7 @@ class FakeNest:
         self.away = False
         self.welcomes = True
         self.process = os.getpid()
+        self.nobody_else = False
 
     def say(self, word, timeout):
         if self.away:
@@ -81,6 +83,11 @@ class FakeNest:
         if self.away:
             raise NestAwayError
         return self.process
+
+    def alone(self, timeout):
+        if self.away:
+            raise NestAwayError
+        return self.nobody_else
 
     def heard(self, *kinds):
         return [word for word in list(self.words) if isinstance(word, kinds)]
@@ -700,6 +707,19 @@ def test_after_a_pause_of_the_process_the_deadline_is_checked_before_anything_ru
     assert bench.ended.codes[0] == 1
 
 
+@pytest.mark.parametrize(("nobody_else", "away", "over"), [(False, False, True), (True, False, False), (True, True, True)])
+def test_who_was_stopped_together_with_its_nest_goes_on_only_where_nobody_can_have_its_bird(
+    tmp_path, nest_process, monkeypatch, nobody_else, away, over
+):
+    bench = Bench(tmp_path, nest_pid=nest_process.pid, nest_grace=5.0).hatch(Counter)
+    bench.hears(LifeRunning)
+    bench.nest.nobody_else, bench.nest.away = nobody_else, away
+    real = tether.clock
+    monkeypatch.setattr(tether, "clock", lambda: real() + 60.0)
+    assert (bench.call("add")[0] == "moved") == over
+    assert bool(bench.ended.codes) == over
+
+
 def test_an_adoption_past_the_deadline_does_not_count(tmp_path, nest_process, monkeypatch):
     ended = []
     watch = tether.Tether(nest_process.pid, None, 5.0, ended.append, lambda: None)
@@ -734,6 +754,46 @@ def test_a_host_ends_at_once_with_its_raylet(tmp_path, nest_process):
     nest_process.kill()
     until(lambda: ended, "the process ends", 1.0)
     assert "raylet" in ended[0]
+
+
+@pytest.fixture
+def pulse(nest_process, monkeypatch):
+    """Asks a nest that lives, five times until it is ended."""
+    nest = FakeNest()
+    monkeypatch.setattr(tether, "PATIENCE", 0.01)
+    monkeypatch.setattr(tether, "PULSE", 0.01)
+    watch = tether.Tether(nest_process.pid, None, 10.0, lambda why: None, lambda: None)
+    return tether.Pulse(nest, watch, 0.1), nest, nest_process, watch
+
+
+def test_a_nest_that_lives_and_does_not_answer_is_ended(pulse):
+    beat, nest, process, watch = pulse
+    nest.away = True
+    for _ in range(4):
+        beat.ask()
+    assert process.poll() is None
+    nest.away = False
+    beat.ask()
+    nest.away = True
+    for _ in range(4):
+        beat.ask()
+    assert process.poll() is None, "it has answered meanwhile"
+    beat.ask()
+    assert process.wait(5) == -signal.SIGKILL
+    until(lambda: not watch.check() or not watch.adopted, "its end is noticed")
+
+
+def test_a_nest_that_has_died_is_not_asked(pulse):
+    beat, nest, process, watch = pulse
+    process.kill()
+    process.wait()
+    until(lambda: watch.check() and not watch.adopted, "its end is noticed", 5.0)
+    asked = []
+    nest.pid = asked.append
+    for _ in range(10):
+        beat.ask()
+    assert not asked
+    watch.end_nest()  # of a process that is gone: nothing happens
 
 
 # Async birds

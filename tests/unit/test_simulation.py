@@ -1,4 +1,4 @@
-"""H4 and the promises of a whole and of a healed cluster, in 1,000 seeded schedules of the real core (tests/support/sim.py)."""
+"""H4 and the promises of a whole and of a healed cluster, in 2,000 seeded schedules of the real core (tests/support/sim.py)."""
 
 import pytest
 
@@ -6,15 +6,15 @@ from flock_ray.core import registry
 from tests.support.sim import MIXES, schedule
 
 SCHEDULES = {
-    "all": 180, "calls": 60, "flap": 100, "moves": 140, "split": 120, "nests": 100, "churn": 80, "placed": 100, "last": 60, "again": 40,
-    "quiet": 20,
+    "all": 380, "calls": 100, "flap": 200, "moves": 260, "split": 240, "nests": 200, "blackout": 160, "churn": 140, "placed": 180,
+    "last": 80, "again": 40, "quiet": 20,
 }  # fmt: skip
 BATCH = 20
 
 
-def test_the_schedules_cover_every_mix_and_are_a_thousand():
+def test_the_schedules_cover_every_mix_and_are_two_thousand():
     assert set(SCHEDULES) == set(MIXES)
-    assert sum(SCHEDULES.values()) == 1000
+    assert sum(SCHEDULES.values()) == 2000
 
 
 @pytest.mark.parametrize(("mix", "first"), [(mix, first) for mix, count in SCHEDULES.items() for first in range(0, count, BATCH)])
