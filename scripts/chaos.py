@@ -1,0 +1,392 @@
+"""Chaos on a real local cluster: callers count what they are told, birds count what they do, and processes of every kind are killed.
+
+Birds, hosts of light birds, nests and raylets are killed; raylets are stopped for five seconds with all their workers; nodes join. It
+ends with tables, and with status 1 if a promise was broken: a name was lost, a call that reported success did not run exactly once, one
+that failed ran more than once, or two lives of a name ran at a time where H4 does not allow it. Run it by
+`scripts/chaos [--minutes 3] [--seed 1]`; Ctrl-C cleans up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import pickle
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, ClassVar
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import psutil
+import ray
+from ray.cluster_utils import Cluster
+from rich.console import Console
+from rich.table import Table
+
+import flock_ray
+from flock_ray.core.notices import NestJoined, NestLeft
+from flock_ray.runtime import cluster as ray_cluster
+
+WORKERS = 3  # nodes beside the head's, which stays: without it Ray starts nothing
+BIRDS = 30
+CALLERS = 4
+BEAT = 0.05  # seconds between the notes of a bird that it lives
+PACE = 5.0  # seconds between two faults, on average
+STOPPED = 5.0  # seconds for which a raylet is stopped
+PATIENCE = 20.0  # seconds of a caller
+CALM = 120.0  # seconds in which everything has to be well after the last fault
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Ledger:
+    """A bird that notes in a file of its process what it does, and that it lives. All processes of a machine have the same clock."""
+
+    def __init__(self, folder: str) -> None:
+        me = flock_ray.me()
+        self.calls = 0
+        self.who = f"{me.name} {os.getpid()} {id(self)} {me.node_id}"
+        self.file = os.open(f"{folder}/{os.getpid()}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        self.beat()
+        flock_ray.send_every(BEAT, "beat")
+
+    def note(self, what: str) -> None:
+        os.write(self.file, f"{what} {time.monotonic():.6f} {self.who}\n".encode())
+
+    def beat(self) -> None:
+        self.note("beat")
+
+    def run(self, ticket: str) -> int:
+        self.note(f"run:{ticket}")
+        self.calls += 1
+        return self.calls
+
+    def on_stop(self, reason: str) -> None:
+        self.note(f"end:{reason}")
+        os.close(self.file)
+
+    def hand_over(self) -> int:
+        return self.calls
+
+    def take_over(self, calls: int) -> None:
+        self.calls = calls
+
+
+@dataclass
+class Life:
+    """One life of a name, by its notes."""
+
+    node: str
+    first: float
+    last: float
+
+
+@dataclass
+class Told:
+    """What callers were told."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    fates: dict[str, bool] = field(default_factory=dict)  # of each ticket: did the call report success?
+    answered: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+
+class Callers:
+    """Threads that call random names until it is over."""
+
+    def __init__(self, names: list[str], seed: int) -> None:
+        self.names, self.told = names, Told()
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(number, random.Random(seed + number))) for number in range(CALLERS)]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, number: int, rng: random.Random) -> None:
+        made = 0
+        while not self._over.is_set():
+            made += 1
+            name, ticket = rng.choice(self.names), f"{number}.{made}"
+            try:
+                flock_ray.call(name, "run", ticket, timeout=PATIENCE)
+                outcome, ok = "answered", True
+            except flock_ray.FlockError as error:
+                outcome, ok = type(error).__name__, False
+            with self._lock:
+                self.told.outcomes[outcome] += 1
+                self.told.fates[ticket] = ok
+                if ok:
+                    self.told.answered[name].append(time.monotonic())
+            self._over.wait(rng.uniform(0, 0.04))
+
+    def end(self) -> Told:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+        return self.told
+
+
+class Ground:
+    """The cluster, and the faults that can be done to it."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.done: Counter[str] = Counter()
+        self.verdicts: dict[tuple[str, str], float] = {}  # on which node which node's nest was declared dead, and when that was first seen
+        self._stopped: list[tuple[float, list[psutil.Process]]] = []
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        self.workers = [self.cluster.add_node(num_cpus=2) for _ in range(WORKERS)]
+        ray.init(self.cluster.address, log_to_driver=False, logging_level="error")
+
+    # What there is
+
+    def _nests(self) -> dict[str, Any]:
+        life = ray_cluster.flock_life("default").life  # type: ignore[union-attr]  # it runs
+        return {nest.node_id: ray_cluster.nest_handle(life, nest.node_id) for nest in flock_ray.nests()}
+
+    def look(self) -> None:
+        """Notes which nests have declared which dead."""
+        for node, handle in self._nests().items():
+            with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
+                joined: dict[str, int] = {}
+                for notice in pickle.loads(ray.get(handle.read.remote(pickle.dumps(("notices",))), timeout=2)):
+                    if isinstance(notice, NestJoined):
+                        joined[notice.life.node] = notice.life.number
+                    elif (
+                        isinstance(notice, NestLeft) and joined.get(notice.life.node, 0) <= notice.life.number
+                    ):  # else its next life is there
+                        self.verdicts.setdefault((node, notice.life.node), time.monotonic())
+
+    def _hosts(self, kind: str) -> list[int]:
+        """The processes of such actors, by the name that Ray gives them. They are children of our raylets."""
+        return [process.pid for process in psutil.Process().children(recursive=True) if process.name().startswith(f"ray::{kind}")]
+
+    # Faults
+
+    def bird(self) -> bool:
+        return self._kill_one_of(self._hosts("HostActor"))
+
+    def light_host(self) -> bool:
+        return self._kill_one_of(self._hosts("LightHostActor"))
+
+    def nest(self) -> bool:
+        _, handle = self.rng.choice(sorted(self._nests().items()))
+        return self._kill(ray.get(handle.pid.remote(), timeout=5))
+
+    def raylet(self) -> bool:
+        if len(self.workers) < 2:
+            return False
+        node = self.workers.pop(self.rng.randrange(len(self.workers)))
+        self.cluster.remove_node(node, allow_graceful=False)
+        return True
+
+    def stop_raylet(self) -> bool:
+        if self._stopped or not self.workers:
+            return False
+        node = self.rng.choice(self.workers)
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        processes = [raylet, *raylet.children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+        self._stopped.append((time.monotonic() + STOPPED, processes))
+        return True
+
+    def join(self) -> bool:
+        if len(self.workers) >= WORKERS:
+            return False
+        self.workers.append(self.cluster.add_node(num_cpus=2))
+        return True
+
+    def _kill_one_of(self, pids: list[int]) -> bool:
+        return bool(pids) and self._kill(self.rng.choice(pids))
+
+    def _kill(self, pid: int) -> bool:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        return True
+
+    def resume(self, now: float) -> None:
+        """Lets go on what has been stopped for long enough."""
+        for until, processes in list(self._stopped):
+            if now >= until:
+                self._stopped.remove((until, processes))
+                for process in processes:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.resume()
+
+    FAULTS: ClassVar = {"bird": 3, "light_host": 2, "nest": 3, "raylet": 1, "stop_raylet": 2, "join": 3}
+
+    def fault(self) -> None:
+        kinds, weights = list(self.FAULTS), list(self.FAULTS.values())
+        kind = self.rng.choices(kinds, weights)[0]
+        with contextlib.suppress(ray.exceptions.RayError, TimeoutError, flock_ray.FlockError):
+            if getattr(self, kind)():
+                self.done[kind] += 1
+                console.print(f"{time.strftime('%X')} {kind}")
+
+    def close(self) -> None:
+        self.resume(float("inf"))
+        started = psutil.Process().children(recursive=True)
+        try:
+            if ray.is_initialized():
+                flock_ray.destroy()
+        except flock_ray.FlockError:
+            pass  # it did not come so far
+        finally:
+            ray.shutdown()
+            self.cluster.shutdown()
+            _, alive = psutil.wait_procs(started, timeout=5)
+            for process in alive:
+                process.kill()
+
+
+def read(folder: Path) -> tuple[Counter[str], dict[str, list[Life]]]:
+    """How often each ticket ran, and the lives of each name."""
+    ran: Counter[str] = Counter()
+    lives: dict[tuple[str, str, str], Life] = {}
+    for path in folder.iterdir():
+        for line in path.read_text().splitlines():
+            parts = line.split()
+            if len(parts) != 6:
+                continue  # killed in the middle of it
+            what, when, name, pid, number, node = parts
+            if what.startswith("run:"):
+                ran[what.removeprefix("run:")] += 1
+            life = lives.setdefault((name, pid, number), Life(node, float(when), float(when)))
+            life.first, life.last = min(life.first, float(when)), max(life.last, float(when))
+    by_name: dict[str, list[Life]] = defaultdict(list)
+    for (name, _, _), life in lives.items():
+        by_name[name].append(life)
+    return ran, by_name
+
+
+def second_lives(lives: dict[str, list[Life]]) -> list[tuple[str, Life, Life, float]]:
+    """Lives of one name that overlap, and for how many seconds."""
+    found = []
+    for name, those in lives.items():
+        those.sort(key=lambda life: life.first)
+        for at, one in enumerate(those):
+            found += [(name, one, other, min(one.last, other.last) - other.first) for other in those[at + 1 :] if other.first < one.last]
+    return found
+
+
+def chaos(minutes: float, seed: int, folder: Path) -> bool:
+    """Returns whether every promise was kept."""
+    rng = random.Random(seed)
+    ground = Ground(rng)
+    callers = None
+    try:
+        flock_ray.init()
+        wait_for("a nest on every node", lambda: len(flock_ray.nests()) == WORKERS + 1)
+        names = [f"bird-{number}" for number in range(BIRDS)]
+        for number, name in enumerate(names):
+            starter = flock_ray.options(light=number % 2 == 0, ack="peer", max_restarts=1_000_000, stop_timeout=5.0)
+            starter.start(name, Ledger, str(folder))
+        flock_ray.wait(names, timeout=CALM)
+        console.print(f"{BIRDS} birds run on {WORKERS + 1} nodes; {minutes:g} minutes of faults begin, with seed {seed}")
+        callers = Callers(names, seed)
+        end, next_fault, next_look = time.monotonic() + 60 * minutes, 0.0, 0.0
+        while (now := time.monotonic()) < end:
+            ground.resume(now)
+            if now >= next_fault:
+                ground.fault()
+                next_fault = time.monotonic() + rng.expovariate(1 / PACE)
+            if now >= next_look:
+                ground.look()
+                next_look = time.monotonic() + 1.0
+            time.sleep(0.05)
+        ground.resume(float("inf"))
+        console.print("the faults are over")
+        lost = wait_until_well(names)
+        ground.look()
+        told = callers.end()
+        callers = None
+        time.sleep(2 * BEAT)
+        return report(ground, told, lost, *read(folder))
+    finally:
+        if callers is not None:
+            callers.end()
+        ground.close()
+
+
+def wait_for(what: str, condition: Any, deadline: float = CALM) -> None:
+    end = time.monotonic() + deadline
+    while not condition():
+        if time.monotonic() > end:
+            raise SystemExit(f"not within {deadline:g} s: {what}")
+        time.sleep(0.1)
+
+
+def wait_until_well(names: list[str]) -> list[str]:
+    """The names that do not answer `CALM` seconds after the last fault."""
+    lost, end = names, time.monotonic() + CALM
+    while lost and time.monotonic() < end:
+        answers = flock_ray.call_many(
+            [(name, "run", (f"well.{name}.{time.monotonic()}",)) for name in lost], timeout=10, return_exceptions=True
+        )
+        lost = [name for name, answer in zip(lost, answers, strict=True) if isinstance(answer, BaseException)]
+    return lost
+
+
+def report(ground: Ground, told: Told, lost: list[str], ran: Counter[str], lives: dict[str, list[Life]]) -> bool:
+    """Says what happened."""
+    not_once = [ticket for ticket, ok in told.fates.items() if ok and ran[ticket] != 1]
+    twice = [ticket for ticket, ok in told.fates.items() if not ok and ran[ticket] > 1]
+    doubles = second_lives(lives)
+    allowed = [double for double in doubles if is_allowed(ground, *double[1:3])]
+    longest = max((double[3] for double in doubles), default=0.0)
+    silence = max((later - earlier for times in told.answered.values() for earlier, later in pairwise(times)), default=0.0)
+    for title, rows in (("faults", sorted(ground.done.items())), ("calls", sorted(told.outcomes.items()))):
+        table = Table(title=title, show_header=False)
+        for key, count in rows:
+            table.add_row(key, str(count))
+        console.print(table)
+    table = Table(title="promises", show_header=False)
+    table.add_row("names lost", f"{len(lost)} {' '.join(lost)}")
+    table.add_row("calls that reported success and did not run exactly once", str(len(not_once)))
+    table.add_row("calls that failed and ran more than once", str(len(twice)))
+    table.add_row("second lives of a name: in all, allowed by H4, the longest", f"{len(doubles)}, {len(allowed)}, {longest:.2f} s")
+    table.add_row("longest time for which a name did not answer", f"{silence:.1f} s")
+    console.print(table)
+    for name, one, other, seconds in doubles:
+        console.print(f"{name} ran on {one.node[:8]} and on {other.node[:8]} for {seconds:.2f} s")
+    kept = not lost and not not_once and not twice and len(allowed) == len(doubles)
+    console.print("every promise was kept" if kept else "A PROMISE WAS BROKEN")
+    return kept
+
+
+def is_allowed(ground: Ground, one: Life, other: Life) -> bool:
+    """Had the nest of one life's node declared the other's dead before the second began, while it lived? (H4)"""
+    pairs = ((one.node, other.node), (other.node, one.node))
+    return any(ground.verdicts.get(pair, float("inf")) < other.first + 1.0 for pair in pairs)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=1)
+    given = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="flock_ray_chaos"))
+    try:
+        return 0 if chaos(given.minutes, given.seed, folder) else 1
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        return 130
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
