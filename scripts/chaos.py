@@ -147,7 +147,7 @@ class Ground:
         self._stopped: list[tuple[float, list[psutil.Process]]] = []
         self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
         self.workers = [self.cluster.add_node(num_cpus=2) for _ in range(WORKERS)]
-        ray.init(self.cluster.address, log_to_driver=False, logging_level="error")
+        ray.init(self.cluster.address, log_to_driver=False, logging_level="critical")
 
     # What there is
 
@@ -347,7 +347,11 @@ def report(ground: Ground, told: Told, lost: list[str], ran: Counter[str], lives
     doubles = second_lives(lives)
     allowed = [double for double in doubles if is_allowed(ground, *double[1:3])]
     longest = max((double[3] for double in doubles), default=0.0)
-    silence = max((later - earlier for times in told.answered.values() for earlier, later in pairwise(times)), default=0.0)
+    silence, silent, until = max(
+        ((later - earlier, name, later) for name, times in told.answered.items() for earlier, later in pairwise(sorted(times))),
+        default=(0.0, "none", time.monotonic()),
+    )
+    since = time.strftime("%X", time.localtime(time.time() - (time.monotonic() - until) - silence))
     for title, rows in (("faults", sorted(ground.done.items())), ("calls", sorted(told.outcomes.items()))):
         table = Table(title=title, show_header=False)
         for key, count in rows:
@@ -358,7 +362,7 @@ def report(ground: Ground, told: Told, lost: list[str], ran: Counter[str], lives
     table.add_row("calls that reported success and did not run exactly once", str(len(not_once)))
     table.add_row("calls that failed and ran more than once", str(len(twice)))
     table.add_row("second lives of a name: in all, allowed by H4, the longest", f"{len(doubles)}, {len(allowed)}, {longest:.2f} s")
-    table.add_row("longest time for which a name did not answer", f"{silence:.1f} s")
+    table.add_row("longest time for which a name did not answer", f"{silence:.1f} s ({silent}, from {since})")
     console.print(table)
     for name, one, other, seconds in doubles:
         console.print(f"{name} ran on {one.node[:8]} and on {other.node[:8]} for {seconds:.2f} s")
