@@ -63,7 +63,7 @@ class Config:
     nest_grace: float = 10.0
     retry_interval: float = 0.5
     sync_interval: float = 2.0
-    lookup_timeout: float = 2.0
+    lookup_timeout: float = 5.0
     context_horizon: float = 7 * 86400.0
     probe_interval: float = 0.3
     probe_timeout: float = 0.15

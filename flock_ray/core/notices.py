@@ -113,6 +113,18 @@ class NestJoined(NestNotice):
 
 
 @dataclass(frozen=True, slots=True)
+class NestSuspected(NestNotice):
+    """The failure detector gave a nest up; whether its node is gone, too, is asked (M5)."""
+
+    level: ClassVar[int] = logging.WARNING
+
+
+@dataclass(frozen=True, slots=True)
+class NestRecovered(NestNotice):
+    """A nest that was given up is heard again."""
+
+
+@dataclass(frozen=True, slots=True)
 class NestLeft(NestNotice):
     """A nest was dropped from the view."""
 

@@ -30,7 +30,7 @@ from flock_ray.core.handover import Handover
 from flock_ray.core.holds import BirdLife, Holds, Phase
 from flock_ray.core.inbox import Inbox
 from flock_ray.core.journal import Entry
-from flock_ray.core.membership import REMEMBERED, Membership
+from flock_ray.core.membership import REMEMBERED, Condition, Membership
 from flock_ray.core.records import Record
 from flock_ray.core.replica import RecordChange, Replica
 from flock_ray.core.supervision import Supervision
@@ -202,11 +202,15 @@ class Registry:
         self.membership.table(event.nodes)
 
     def _on_MemberAlive(self, event: ev.MemberAlive) -> None:
+        peer = self.membership.peers.get(event.life)
+        if peer is not None and peer.condition is Condition.DYING:
+            self.notice(notices.NestRecovered(self.me, event.life))
         if self.membership.alive(event.life, self.now):
             self.sync.sessions.pop(event.life, None)
 
     def _on_MemberDead(self, event: ev.MemberDead) -> None:
         if self.membership.dying(event.life):
+            self.notice(notices.NestSuspected(self.me, event.life))
             self.effect(do.ProbeNode(event.life))
 
     def _on_ConnectionBroken(self, event: ev.ConnectionBroken) -> None:
