@@ -19,7 +19,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from flock_ray.config import Config
@@ -32,6 +32,7 @@ from flock_ray.core.registry import Registry
 from flock_ray.specs import Dot, Life, Name, NodeRecord, Options, Spec, Stamp
 
 CONFIG = Config(settle=0.2, nest_grace=6.0, bootstrap_wait=2.0, retry_interval=0.4, sync_interval=1.5, lookup_timeout=1.0)
+CPUS = [0.1, 0.2, 0.4]  # of a node: with whole ones a ring has ten times the points, and takes half of the time to build
 CONFIRM = 4.0  # seconds after which the detector is asked whether it still hears one whose node refused
 HOST_PATIENCE = 0.7 * CONFIG.nest_grace  # hosts end their birds earlier than their nest's peers give the nest up
 
@@ -39,10 +40,24 @@ HOST_PATIENCE = 0.7 * CONFIG.nest_grace  # hosts end their birds earlier than th
 class Id(str):
     """A string whose hash is the same in every process, so that sets are walked in the same order and a seed replays exactly."""
 
-    __slots__ = ()
+    __slots__ = ("_hash",)
+
+    def __new__(cls, text: str) -> Id:
+        made = super().__new__(cls, text)
+        made._hash = zlib.crc32(text.encode())
+        return made
 
     def __hash__(self) -> int:
-        return zlib.crc32(self.encode())
+        return self._hash
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _id, (str(self),)
+
+
+@cache
+def _id(text: str) -> Id:
+    """Reads one from a letter, which has the same few over and over."""
+    return Id(text)
 
 
 class Violation(AssertionError):
@@ -137,6 +152,12 @@ MIXES: dict[str, Mix] = {
     "quiet": Mix(3, 3, 4, dict(start=4, stop=2), loss=0.0, double=0.0),
 }
 
+#: Of 2,000 schedules, how many are played of each mix.
+SCHEDULES = {
+    "all": 380, "calls": 100, "flap": 200, "moves": 260, "split": 240, "nests": 200, "blackout": 160, "churn": 140, "placed": 180,
+    "last": 80, "again": 40, "quiet": 20,
+}  # fmt: skip
+
 
 class World:
     def __init__(self, mix: Mix, seed: int, config: Config = CONFIG, registry: Callable[..., Registry] = Registry) -> None:
@@ -161,7 +182,7 @@ class World:
         rng = self.rng
         self.groups = rng.choice([0.0, 0.03])  # seconds for which letters gather until a busy nest reads them
         self.nodes = [
-            Node(i, rng.choice([1, 2, 4]), (("GPU", float(rng.choice([0, 1, 2]))),), rng.uniform(0.97, 1.03), rng.uniform(0, 50),
+            Node(i, rng.choice(CPUS), (("GPU", float(rng.choice([0, 1, 2]))),), rng.uniform(0.97, 1.03), rng.uniform(0, 50),
                  rng.randrange(10**9, 10**10))
             for i in range(mix.nodes)
         ]  # fmt: skip
