@@ -796,11 +796,11 @@ def schedule(mix: str, seed: int, registry: Callable[..., Registry] = Registry) 
     return world
 
 
-def tell(mix: str, seed: int) -> list[Any]:
+def tell(mix: str, seed: int) -> list[str]:
     """The whole story of a seed, for people."""
     world = World(MIXES[mix], seed)
     try:
         world.play()
-    except Violation as violation:
-        world.log(f"VIOLATION {violation}")
+    except Exception as violation:  # a core that raises is wrong as well
+        world.log(f"VIOLATION {type(violation).__name__}: {violation}")
     return world.trace
