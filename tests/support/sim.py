@@ -6,6 +6,7 @@ differ; the failure detector is late, wrong, one-sided or flapping. After every 
 
 - I1, the first half of H4: two lives of one name only where a nest had been declared dead by the other, or had never been heard by it.
 - I2: a released record is not lost before its successor has hatched with it, unless who kept it died.
+- I3: a nest removes only what it was asked to stop, or what ended of itself at its node.
 - dots are used once.
 
 And after the faults have ended (`calm`): replicas and contexts are equal and compact, every name runs once at its owner, nothing else
@@ -105,6 +106,8 @@ class Node:
     outdated: int = 0  # and then so many pieces are deleted, the oldest first
     lived_since: float = 0.0  # the node, whatever becomes of its nests
     held: set[Dot] = field(default_factory=set)
+    knew: set[str] = field(default_factory=set)  # the nodes of the last view of a nest here that acted: its journal says so to the next
+    ended: set[Dot] = field(default_factory=set)  # of which a life crashed or exited here
     down_since: float = 0.0
     was_ready: bool = False
     dead_verdicts: set[Life] = field(default_factory=set)
@@ -173,7 +176,7 @@ class World:
         self.must: dict[Dot, tuple[int, set[int]]] = {}
         self.dots: dict[Dot, Name] = {}
         self.accepted: dict[Dot, tuple[Name, Life, float]] = {}  # when
-        self.removed: dict[Dot, tuple[Life, float]] = {}
+        self.removed: dict[Dot, dict[Life, float]] = {}  # by whom, and when
         self.requests: dict[str, tuple[str, Name, Node]] = {}
         self.outcomes: dict[str, ev.Outcome] = {}
         self.moved_states = 0
@@ -213,7 +216,7 @@ class World:
 
     def boot(self, node: Node) -> None:
         if not node.alive:
-            node.alive, node.journal, node.lived_since = True, [], self.time
+            node.alive, node.journal, node.knew, node.lived_since = True, [], set(), self.time
         node.life += 1
         node.copying = None
         me = Life(node.id, node.life)
@@ -235,15 +238,22 @@ class World:
         raise Violation("letters cannot be read") from error
 
     def _note_removals(self, nest: Registry) -> None:
-        """What a nest removes may not come back, and is not lost."""
-        remove = nest.remove
+        """What a nest removes may not come back, and is not lost. It removes what it was asked to, or what ended of itself here."""
+        remove, node = nest.remove, self.node(nest.me)
 
         def noted(name: Name, dots: Iterable[Dot]) -> None:
             gone = list(dots)
-            self.removed.update((dot, (nest.me, self.time)) for dot in gone)
+            asked = any(r not in self.outcomes and asked == ("stop", name, node) for r, asked in self.requests.items())
+            if not asked and not node.ended.issuperset(gone):
+                raise Violation(f"I3 {nest.me} removes {gone} of {name}, which nobody stopped; {sorted(node.ended)} have ended")
+            for dot in gone:
+                self._note_removal(dot, nest.me)
             remove(name, gone)
 
         nest.remove = noted  # type: ignore[method-assign]  # a wire tap
+
+    def _note_removal(self, dot: Dot, life: Life) -> None:
+        self.removed.setdefault(dot, {})[life] = self.time
 
     def handle(self, node: Node, *events: ev.Event) -> None:
         nest = node.nest
@@ -284,10 +294,12 @@ class World:
                 node.wrongly_dying.discard(peer.life)
         if nest.membership.ready and not node.was_ready:
             node.was_ready = True
-            heard = {life.node for life, p in nest.membership.peers.items() if p.condition is not Condition.UNHEARD}
+            heard = {life.node for life, p in nest.membership.peers.items() if p.condition is not Condition.UNHEARD} | node.knew
             for other in self.nodes:
                 if other is not node and other.alive and other.id not in heard:
                     self.established.add(frozenset((node.index, other.index)))
+        if nest.membership.ready:
+            node.knew = {life.node for life in nest.membership.view}
         for pair in list(self.established):
             a, b = (self.nodes[i] for i in pair)
             if not a.alive or not b.alive or (self._admits(a, b) and self._admits(b, a)):
@@ -311,13 +323,17 @@ class World:
             if piece is not None:
                 node.journal.append(piece)
             else:
-                deleted = self.rng.randint(0, node.outdated)
-                del node.journal[:deleted]
-                node.outdated -= deleted
-                node.copying = node.copying if node.outdated else None
+                self._delete_some(node)
         elif self.rng.random() < 0.05:
             node.outdated = len(node.journal)
-            node.copying = journal.copy(nest.replica, nest.membership.view)
+            node.copying = nest.copy()
+
+    def _delete_some(self, node: Node) -> None:
+        """All has been copied: what was there before goes, in steps, the oldest first."""
+        deleted = self.rng.randint(0, node.outdated)
+        del node.journal[:deleted]
+        node.outdated -= deleted
+        node.copying = node.copying if node.outdated else None
 
     def _do_Send(self, node: Node, nest: Registry, effect: do.Send) -> None:
         to = self.node(effect.to)
@@ -444,7 +460,7 @@ class World:
     def _do_StartAfresh(self, node: Node, nest: Registry, effect: do.StartAfresh) -> None:
         self.log(f"{nest.me} starts afresh")
         self.fresh_starts += 1
-        node.nest, node.journal, node.lived_since = None, [], self.time
+        node.nest, node.journal, node.knew, node.lived_since = None, [], set(), self.time
         self._end_hosts(node)
         self.at(1.0, lambda: self._back(node, nest.me.number))
 
@@ -537,6 +553,7 @@ class World:
     def crash(self, node: Node, host: Host, error: str) -> None:
         if node.hosts.get((host.dot, host.born)) is host and host.alive:
             del node.hosts[host.dot, host.born]
+            node.ended.add(host.dot)
             self.log(f"crash {host.name} {host.dot} inc {host.born} at {node.id}")
             self.handle(node, wire.LifeCrashed(host.dot, host.born, error))
 
@@ -593,10 +610,11 @@ class World:
         if hosts:
             node, host = self.rng.choice(hosts)
             del node.hosts[host.dot, host.born]
+            node.ended.add(host.dot)
             self.log(f"exit {host.name} {host.dot} inc {host.born} at {node.id}")
             if host.spec.options.restart != "permanent":
                 node.exits[host.dot] = host.name
-                self.removed.setdefault(host.dot, (Life(node.id, node.life), self.time))
+                self._note_removal(host.dot, Life(node.id, node.life))
             self.handle(node, wire.LifeExited(host.dot, host.born))
 
     def _fault_nest(self) -> None:
@@ -622,8 +640,7 @@ class World:
 
     def _end_hosts(self, node: Node) -> None:
         for dot in node.exits:
-            if self.removed[dot][0].node == node.id:  # nobody has been told
-                del self.removed[dot]
+            self.removed[dot].pop(Life(node.id, node.life), None)  # nobody has been told
         node.hosts, node.exits = {}, {}
         for _, who in self.must.values():
             who.discard(node.index)
@@ -776,13 +793,15 @@ class World:
 
     def _lost_or_back(self, first: Registry) -> str:
         for dot, (name, life, when) in self.accepted.items():
-            if dot in self.removed or not self._lived_since(life, when):
+            if self.removed.get(dot) or not self._lived_since(life, when):
                 continue
             if first.replica.record(name, dot) is None:
                 return f"{name} {dot} was accepted by {life} and is lost"
-        for dot, (life, when) in self.removed.items():
-            if self._lived_since(life, when) and dot in self.dots and first.replica.record(self.dots[dot], dot) is not None:
-                return f"{self.dots[dot]} {dot} was removed at {life} and is back"
+        for dot, removals in self.removed.items():
+            if dot in self.dots and first.replica.record(self.dots[dot], dot) is not None:
+                knowing = [life for life, when in removals.items() if self._lived_since(life, when)]
+                if knowing:
+                    return f"{self.dots[dot]} {dot} was removed at {knowing} and is back"
         return ""
 
 
