@@ -11,7 +11,7 @@ Source: write-ahead logging with fuzzy checkpoints (Mohan et al., ARIES, 1992), 
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeAlias
 
 from flock_ray.core.aworset import Context
@@ -45,12 +45,16 @@ def unpack(piece: bytes) -> tuple[Entry, ...]:
     return entries
 
 
-def copy(replica: Replica, view: frozenset[Life]) -> Iterator[bytes]:
-    """All there is, some hundred names in a piece. What is deleted when it is written has to be older than the first piece."""
+def copy(replica: Replica, view: Callable[[], frozenset[Life]]) -> Iterator[bytes]:
+    """All there is, some hundred names in a piece. What is deleted when it is written has to be older than the first piece.
+
+    Args:
+        view: the last one that was written, asked for when the copy's last piece is: another may have been adopted since the first.
+    """
     context = replica.birds.context.copy()
     for leaves in bounded(sorted(replica.birds.leaves()), replica.size_of_leaf):
         yield pack([replica.update_within(leaves)])
-    yield pack([Update(nodes=tuple(replica.nodes.values())), context, view])
+    yield pack([Update(nodes=tuple(replica.nodes.values())), context, view()])
 
 
 class Reader:

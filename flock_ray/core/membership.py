@@ -290,7 +290,7 @@ class Membership:
     def _become_ready(self, now: float) -> None:
         if self.ready or self._alone_at is None:
             return
-        listed = [peer for peer in self.peers.values() if peer.condition in (Condition.ALIVE, Condition.DYING)]
+        listed = self._listed_alive()
         if listed:
             seen = {life for peer in listed for life in peer.view}
             self.ready = all(peer.synced and peer.life in self.view for peer in listed) and all(map(self._accounted, seen))
@@ -298,6 +298,10 @@ class Membership:
             self.ready = True  # all it knew are dead
         else:
             self.ready = now >= self._alone_at or self.listed == frozenset([self.me.node])
+
+    def _listed_alive(self) -> list[Peer]:
+        """Those that a booting nest has to be in sync with: the alive, and the dying, which may come back."""
+        return [peer for peer in self.peers.values() if peer.condition in (Condition.ALIVE, Condition.DYING)]
 
     def _accounted(self, life: Life) -> bool:
         """Is a nest of another's view in the adopted view here, replaced, or given up?"""
@@ -309,6 +313,6 @@ class Membership:
         times = [peer.dies_at for peer in self.peers.values() if peer.dies_at is not None]
         if self._wanted != self.view:
             times.append(self._adopt_at)
-        if not self.ready and self._alone_at is not None:
-            times.append(self._alone_at)
+        if not self.ready and self._alone_at is not None and not self._listed_alive():
+            times.append(self._alone_at)  # who waits for others is woken by what they say: this time may be long past
         return min(times, default=float("inf"))

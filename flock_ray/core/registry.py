@@ -81,7 +81,7 @@ class Registry:
         self._counter = 0
         self._boot: Iterator[None] | None = None  # what is left of it, in steps
         self._early: list[ev.Event] = []  # what was heard meanwhile
-        self._written_view: frozenset[Life] | None = None
+        self._written_view: frozenset[Life] = frozenset()  # in the journal: the last view in which a nest of this node acted
         self._dirty: dict[Name, None] = {}
         self.waiting: set[Name] = set()  # owned here, and something is missing before they can be hatched
         self._crowded: set[Name] = set()  # of these, those this nest does not admit (P3)
@@ -121,7 +121,7 @@ class Registry:
             self._take(event)
         self._advance()
         entries: tuple[Entry, ...] = tuple(self.replica.unwritten())
-        if self._boot is None and self.membership.view != self._written_view:
+        if self.membership.ready and self.membership.view != self._written_view:  # before, it is alone, and its next life is not to be
             self._written_view = self.membership.view
             entries += (self._written_view,)
         effects: list[do.Effect] = [do.Write(entries), *self._out] if entries else self._out
@@ -146,6 +146,10 @@ class Registry:
         if self._changes:
             times.append(self._gathers_since + self._patience())
         return min(times)
+
+    def copy(self) -> Iterator[bytes]:
+        """All there is to be written, for a journal that has become long."""
+        return journal.copy(self.replica, lambda: self._written_view)
 
     def owns(self, name: Name) -> bool:
         return self.membership.placement.owner(name) == self.me
@@ -175,6 +179,7 @@ class Registry:
                 self.notice(notices.JournalUnreadable(self.me, str(error)))
             yield
         before.end()
+        self._written_view = before.view
         self.replica.learn([event.node])
         for name, dot in event.exits:
             self.changed(self.replica.exited(name, dot))

@@ -189,7 +189,7 @@ class Nest:
                     self._journal.lives(self._registry.me.number)
                 if self._has_gaps or self._journal.is_long:
                     self._has_gaps = False
-                    for _ in self._journal.replace(journal.copy(self._registry.replica, self._registry.membership.view)):
+                    for _ in self._journal.replace(self._registry.copy()):
                         await self._steps.turn()
             except sqlite3.Error as error:
                 self._note_gap(error)

@@ -85,7 +85,7 @@ class Story:
         if entries:
             self.pieces.append(journal.pack(entries))
         if self.copying is None and self.rng.random() < 0.2:
-            self.copying, self.outdated = journal.copy(self.mine, VIEW), len(self.pieces)
+            self.copying, self.outdated = journal.copy(self.mine, lambda: VIEW), len(self.pieces)
         elif self.copying is not None:
             piece = next(self.copying, None)
             if piece is not None:
@@ -217,3 +217,10 @@ def test_stories_are_worth_reading():
             story.act()
     assert any(story.late for story in stories)
     assert sum(len(story.pieces) < 30 for story in stories) > 3
+
+
+def test_a_copy_ends_with_the_view_that_was_written_last():
+    """A nest may have come while the copy was made: whoever reads it must know of that one (H4)."""
+    views = [frozenset([ME]), VIEW]
+    pieces = journal.copy(Replica(), lambda: views[-1])
+    assert restored(list(pieces))[1] == VIEW

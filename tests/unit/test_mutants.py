@@ -6,13 +6,16 @@ Most are a switch of the abstract model the rules were checked with: a rule read
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 
 import pytest
 
-from flock_ray.core import aworset, barrier, handover, holds, inbox, membership, registry, replica, supervision, sync
+from flock_ray.core import aworset, barrier, handover, holds, inbox, journal, membership, registry, replica, supervision, sync
+from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
+from flock_ray.core.aworset import Context
 from flock_ray.core.membership import Condition
 from flock_ray.specs import Dot
 from tests.support.sim import MIXES, Violation, World
@@ -196,6 +199,98 @@ def a_name_without_demands_counts_as_mine(patch):
     patch.setattr(barrier.Barrier, "placement_changed", placement_changed)
 
 
+def nothing_is_written(patch):
+    """The journal is empty."""
+    patch.setattr(replica.Replica, "unwritten", lambda self: [])
+
+
+def contexts_are_read_first(patch):
+    """A context says of what is still to be read that it was removed."""
+    whole = journal.Reader.read
+
+    def read(self, piece):
+        for entry in journal.unpack(piece):
+            if isinstance(entry, Context):
+                self._replica.merge_context(entry)
+        whole(self, piece)
+
+    patch.setattr(journal.Reader, "read", read)
+
+
+def what_was_written_is_deleted_before_the_copy_is_whole(patch):
+    whole = World._do_Write
+
+    def write(self, node, nest, effect):
+        whole(self, node, nest, effect)
+        if node.copying is not None:
+            del node.journal[: node.outdated]
+            node.outdated = 0
+
+    patch.setattr(World, "_do_Write", write)
+
+
+def the_last_view_is_forgotten(patch):
+    """A nest boots alone although those that died with it are coming back."""
+    patch.setattr(membership.Membership, "restored", lambda self, view: [])
+
+
+def a_view_is_written_before_the_nest_acts(patch):
+    """Found here, when the simulator remembered whom a node had known: a nest that dies twice while all boot forgot the others."""
+    whole = registry.Registry.handle_all
+
+    def handle_all(self, events, now):
+        effects = whole(self, events, now)
+        return effects if self._boot is not None else [do.Write((self.membership.view,)), *effects]
+
+    patch.setattr(registry.Registry, "handle_all", handle_all)
+
+
+def adopted_birds_get_new_dots(patch):
+    whole = registry.Registry._adopt
+
+    def adopt(self, adopted):
+        dot = self.add(adopted.name, adopted.spec, adopted.code, 0)
+        whole(self, replace(adopted, dot=dot))
+
+    patch.setattr(registry.Registry, "_adopt", adopt)
+
+
+def hosts_live_on_without_a_nest(patch):
+    """Their patience is not looked at: as after a SIGSTOP, before it was."""
+    patch.setattr(World, "_impatient", lambda self, node, life: None)
+
+
+def who_is_dying_has_answered(patch):
+    """A word of the detector is taken for the answer that it holds nothing (M2)."""
+
+    def members(self):
+        peers = self._membership.peers
+        return [life for life in self._membership.view if life in peers and peers[life].condition is Condition.ALIVE]
+
+    patch.setattr(barrier.Barrier, "members", members)
+
+
+def a_record_goes_before_it_is_fetched(patch):
+    whole = supervision.Supervision._over
+
+    def over(self, life, state, handed_over):
+        whole(self, life, state, handed_over)
+        if life.dot in self._nest.holds.records:
+            self._nest.handover.drop_record(life.name, life.dot)
+
+    patch.setattr(supervision.Supervision, "_over", over)
+
+
+def an_exit_removes_the_other_dots_too(patch):
+    whole = supervision.Supervision._left
+
+    def left(self, life):
+        self._nest.remove(life.name, [dot for dot, _ in self._nest.replica.records(life.name)])
+        whole(self, life)
+
+    patch.setattr(supervision.Supervision, "_left", left)
+
+
 MUTANTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
     (join_ignores_the_context, "all calls"),
     (no_barrier, "moves all"),
@@ -221,6 +316,16 @@ MUTANTS: list[tuple[Callable[[pytest.MonkeyPatch], None], str]] = [
     (code_is_never_asked_for, "calls"),
     (those_that_nobody_has_to_clear_wait, "last"),
     (a_name_without_demands_counts_as_mine, "again"),
+    (nothing_is_written, "blackout"),
+    (contexts_are_read_first, "blackout nests"),
+    (what_was_written_is_deleted_before_the_copy_is_whole, "blackout"),
+    (the_last_view_is_forgotten, "blackout"),
+    (a_view_is_written_before_the_nest_acts, "blackout"),
+    (adopted_birds_get_new_dots, "nests"),
+    (hosts_live_on_without_a_nest, "nests all"),
+    (who_is_dying_has_answered, "nests all flap"),
+    (a_record_goes_before_it_is_fetched, "moves all"),
+    (an_exit_removes_the_other_dots_too, "all calls"),
 ]
 
 

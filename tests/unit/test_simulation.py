@@ -3,12 +3,8 @@
 import pytest
 
 from flock_ray.core import registry
-from tests.support.sim import MIXES, schedule
+from tests.support.sim import MIXES, SCHEDULES, schedule
 
-SCHEDULES = {
-    "all": 380, "calls": 100, "flap": 200, "moves": 260, "split": 240, "nests": 200, "blackout": 160, "churn": 140, "placed": 180,
-    "last": 80, "again": 40, "quiet": 20,
-}  # fmt: skip
 BATCH = 20
 
 
