@@ -23,17 +23,8 @@ from tests.splits.birds import Diary
 
 def join(hosts: int) -> str:
     """Connects to Ray, once all hosts are there. Returns the id of this node."""
-    until = time.monotonic() + 120
-    while True:
-        try:
-            ray.init(
-                "10.77.0.1:6379", _node_ip_address=sys.argv[1], _temp_dir=os.environ["FLOCK_RAY_SPLIT_TEMP"], log_to_driver=False
-            )
-            break
-        except (RuntimeError, ConnectionError, ValueError):
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.5)  # this host's raylet is not there yet
+    temp = os.environ["FLOCK_RAY_SPLIT_TEMP"]
+    ray.init("10.77.0.1:6379", _node_ip_address=sys.argv[1], _temp_dir=temp, log_to_driver=False)
     while sum(node["Alive"] for node in ray.nodes()) < hosts:
         time.sleep(0.1)  # between looks
     return str(ray.get_runtime_context().get_node_id())

@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("unshare", "nsenter", "ip", "nft")
-BOOT = 120.0  # seconds, on a machine that has other things to do
+BOOT = 180.0  # seconds, on a machine that has other things to do
 ANSWER = 60.0
 FIRST = """
 import os, signal, subprocess, sys
@@ -42,6 +42,7 @@ SURVIVES = {  # how Ray is run where splits have to be survived (RAY_FACTS)
     "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_raylet_start_wait_time_s": "150",  # this machine has other things to do; Ray gives up after 30
 }
 
 
@@ -131,6 +132,7 @@ class Host(Place):
         self.number, self.ip = number, f"10.77.0.{number}"
         self.node = ""
         self._temp, self._logs = temp, logs
+        self._ray_log = logs / f"ray{number}"
         self._numbers = itertools.count()
         self._asked: dict[int, Future[Any]] = {}
         self._processes: list[subprocess.Popen[str]] = []
@@ -145,8 +147,14 @@ class Host(Place):
     def start_ray(self) -> None:
         where = ["--head", "--port=6379", "--include-dashboard=false"] if self.number == 1 else ["--address=10.77.0.1:6379"]
         more = [f"--node-ip-address={self.ip}", "--num-cpus=2", "--object-store-memory=80000000", f"--temp-dir={self._temp}", "--block"]
-        with (self._logs / f"ray{self.number}").open("w") as log:
-            self._start("-c", "from ray.scripts.scripts import main; main()", "start", *where, *more, stdout=log, stderr=log)
+        with self._ray_log.open("w") as log:
+            self._ray = self._start("-c", "from ray.scripts.scripts import main; main()", "start", *where, *more, stdout=log, stderr=log)
+
+    def has_ray(self) -> bool:
+        """Has its Ray started?"""
+        said = self._ray_log.read_text()
+        assert self._ray.poll() is None, f"Ray on {self} has ended: {said[-2000:]}"
+        return "Ray runtime started" in said
 
     def start_driver(self) -> None:
         log = (self._logs / f"driver{self.number}").open("w")
@@ -188,7 +196,8 @@ class Host(Place):
 
     def rule(self, hook: str, *what: str) -> None:
         """Has nftables drop some packets of this host (`hook`: "input" or "output")."""
-        self.run("nft", f"add table inet f; add chain inet f c {{ type filter hook {hook} priority 0; }}; add rule inet f c {' '.join(what)}")
+        chain = f"add chain inet f c {{ type filter hook {hook} priority 0; }}"
+        self.run("nft", f"add table inet f; {chain}; add rule inet f c {' '.join(what)}")
 
     def no_rules(self) -> None:
         self.run("nft", "flush ruleset")
@@ -217,10 +226,11 @@ class Network:
                 self.switch.run("ip", "link", "set", bridge, "up")
             self.hosts = [self._plug(number, logs) for number in range(1, 5)]
             self.hosts[0].start_ray()
-            eventually(self._head_listens, "the head listens", BOOT)
+            eventually(self.hosts[0].has_ray, "Ray runs on the head", BOOT)
             for host in self.hosts[1:]:
                 host.start_ray()
             for host in self.hosts:
+                eventually(host.has_ray, f"Ray runs on {host}", BOOT)
                 host.start_driver()
             for host, begun in [(host, host.begin("join", len(self.hosts))) for host in self.hosts]:
                 host.node = begun.result(BOOT)
@@ -249,10 +259,6 @@ class Network:
         host.run("ip", "link", "set", "eth0", "up")
         host.run("ip", "route", "add", "default", "dev", "eth0")  # Ray finds out its address by a route to anywhere
         return host
-
-    def _head_listens(self) -> bool:
-        probe = "import socket; socket.create_connection(('10.77.0.1', 6379), 1)"
-        return subprocess.run(self.hosts[0].command(sys.executable, "-S", "-c", probe), capture_output=True, check=False).returncode == 0
 
     def cut_off(self, *hosts: Host) -> float:
         """These hosts hear each other only, and the others too. Returns when."""

@@ -12,7 +12,7 @@ import pytest
 
 from flock_ray.core.ring import ring_from
 from tests.splits.birds import now, twice_until
-from tests.splits.hosts import DriverError, Host, eventually
+from tests.splits.hosts import DriverError, eventually
 
 BOOT = 60.0  # seconds for a flock
 SIDES = 25.0  # until all birds answer on both sides of a split: a death is seen in 2 s, a lonely nest takes 9 (Lifeguard)
@@ -60,9 +60,7 @@ class FlockOf:
             wanted: pairs of hosts, and the owner when only these are there.
         """
         owners = [(owner_of([w for w in self.weights if w[0] in {h.node for h in hosts}]), host.node) for hosts, host in wanted]
-        return next(
-            name for n in range(10_000) if (name := f"{prefix}{n}") not in self.tags and all(of(name) == to for of, to in owners)
-        )
+        return next(name for n in range(10_000) if (name := f"{prefix}{n}") not in self.tags and all(of(name) == to for of, to in owners))
 
     def replicas(self):
         return on_all(self.network.hosts, "birds", self.name)
@@ -89,14 +87,20 @@ class FlockOf:
         equal = time.monotonic() - healed
         time.sleep(max(0.0, healed + AFTER + 3 - time.monotonic()))  # two lives would be seen now
         overlaps = {name: max(0.0, twice_until(self.path(name)) - healed) for name in self.tags if self.path(name).exists()}
-        print(f"after the heal: one and the same everywhere after {equal:.1f} s, the last second life ended after {max(overlaps.values()):.1f} s")
-        assert max(overlaps.values()) < AFTER, overlaps
+        last = max(overlaps.values())
+        print(f"after the heal: the same everywhere after {equal:.1f} s, the last second life ended after {last:.1f} s")
+        assert last < AFTER, overlaps
         assert self.is_one(names)
         assert not any(now(self.path(name)) for name in gone)
         return healed
 
     def conflicts(self, name):
-        return [text for seen in on_all(self.network.hosts, "notices", self.name) for kind, of, text in seen if (kind, of) == ("NameConflict", name)]
+        return [
+            text
+            for seen in on_all(self.network.hosts, "notices", self.name)
+            for kind, of, text in seen
+            if (kind, of) == ("NameConflict", name)
+        ]
 
     def left(self):
         return [[text for kind, _, text in seen if kind == "NestLeft"] for seen in on_all(self.network.hosts, "notices", self.name)]

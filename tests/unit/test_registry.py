@@ -442,9 +442,7 @@ class Told(Pair):
 @pytest.mark.parametrize("dies", [False, True], ids=["its node lives", "its node dies"])
 @pytest.mark.parametrize("number", range(8))
 def test_a_conflict_is_told_once_though_its_owner_changes_with_the_heal(number, dies):
-    """On four hosts two nests told of it: the owner on one side of the split, which had compared replicas before its view was whole, and the
-    owner after the heal.
-    """
+    """On four hosts two nests told of it: the owner on one side of the split, before its view was whole, and the next."""
     lives = [Life(node, 1) for node in "abcd"]
     whole = Told(*lives)
     every = dict(whole.nests)
