@@ -42,7 +42,9 @@ SURVIVES = {  # how Ray is run where splits have to be survived (RAY_FACTS)
     "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_raylet_start_wait_time_s": "150",  # this machine has other things to do; Ray gives up after 30
+    "RAY_raylet_start_wait_time_s": "150",  # this machine has other things to do, and Ray gives up after 30
+    "RAY_agent_register_timeout_ms": "150000",
+    "RAY_worker_register_timeout_seconds": "150",
 }
 
 
@@ -153,7 +155,9 @@ class Host(Place):
     def has_ray(self) -> bool:
         """Has its Ray started?"""
         said = self._ray_log.read_text()
-        assert self._ray.poll() is None, f"Ray on {self} has ended: {said[-2000:]}"
+        if self._ray.poll() is not None:
+            last = self.run("sh", "-c", f"tail -n 20 {self._temp}/session_2*/logs/raylet.*")
+            raise AssertionError(f"Ray on {self} has ended: {said[-2000:]}\n{last}")
         return "Ray runtime started" in said
 
     def start_driver(self) -> None:
@@ -225,11 +229,8 @@ class Network:
                 self.switch.run("ip", "link", "add", bridge, "type", "bridge", "forward_delay", "0")
                 self.switch.run("ip", "link", "set", bridge, "up")
             self.hosts = [self._plug(number, logs) for number in range(1, 5)]
-            self.hosts[0].start_ray()
-            eventually(self.hosts[0].has_ray, "Ray runs on the head", BOOT)
-            for host in self.hosts[1:]:
+            for host in self.hosts:  # one after the other: each has some seconds of CPU to do until it must have answered
                 host.start_ray()
-            for host in self.hosts:
                 eventually(host.has_ray, f"Ray runs on {host}", BOOT)
                 host.start_driver()
             for host, begun in [(host, host.begin("join", len(self.hosts))) for host in self.hosts]:
