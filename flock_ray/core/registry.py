@@ -371,13 +371,17 @@ class Registry:
 
     def _not_admitted(self, status: Status | None) -> str:
         """Why this nest does not take one more bird (P3); empty if it does."""
-        if self.membership.paused and (status is None or status.life.node not in {life.node for life in self.membership.view}):
+        if self.membership.paused and not self._is_held(status):
             return "this side of a split has less than half of the nodes, and minority is 'pause'"
         if self.config.max_birds is not None and len(self.holds.lives) >= self.config.max_birds:
             return f"its node holds max_birds={self.config.max_birds} already"
         if self.memory_low:
             return f"its node has less than min_free_memory={self.config.min_free_memory:g} of its memory free"
         return ""
+
+    def _is_held(self, status: Status | None) -> bool:
+        """Was a bird held on this side? One that is pending is not, whoever said so last."""
+        return status is not None and status.state != "pending" and any(life.node == status.life.node for life in self.membership.view)
 
     def _tell_conflict(self, name: Name) -> None:
         """Told once in a flock: by the node that accepted the winner, for owners change when a split heals, and each of them would tell it.

@@ -88,22 +88,22 @@ def notices(flock: str) -> list[list[Any]]:
 
 
 class Callers:
-    """Calls birds again and again, and counts what goes wrong."""
+    """Calls birds again and again, and counts what goes wrong. With `retry` a call may run twice."""
 
-    def __init__(self, flock: str, names: list[str], timeout: float) -> None:
+    def __init__(self, flock: str, names: list[str], retry: bool) -> None:
         self.calls, self.slowest, self.failures = 0, 0.0, []
         self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(flock, name, timeout)) for name in names]
+        self._threads = [threading.Thread(target=self._run, args=(Flock(flock).bird(name), retry)) for name in names]
         for thread in self._threads:
             thread.start()
 
-    def _run(self, flock: str, name: str, timeout: float) -> None:
+    def _run(self, bird: Any, retry: bool) -> None:
         while not self._over.wait(0.1):
             began = time.monotonic()
             try:
-                Flock(flock).call(name, "who", timeout=timeout)
+                bird.who.options(timeout=20, retry=retry)()
             except flock_ray.FlockError as error:
-                self.failures.append(f"{name}: {type(error).__name__}: {error}")
+                self.failures.append(type(error).__name__)
             self.calls += 1
             self.slowest = max(self.slowest, time.monotonic() - began)
 
@@ -117,12 +117,15 @@ class Callers:
 _callers: list[Callers] = []
 
 
-def begin_calls(flock: str, names: list[str], timeout: float) -> None:
-    _callers.append(Callers(flock, names, timeout))
+def begin_calls(flock: str, names: list[str], retry: bool) -> None:
+    _callers.append(Callers(flock, names, retry))
 
 
-def end_calls() -> dict[str, Any]:
-    return _callers.pop().end()
+def end_calls() -> list[dict[str, Any]]:
+    """What came of each `begin_calls`, in order."""
+    ended = [callers.end() for callers in _callers]
+    _callers.clear()
+    return ended
 
 
 DOES = {one.__name__: one for one in (join, init, start, stop, call, answer, birds, alive, nests, notices, begin_calls, end_calls)}

@@ -1,6 +1,6 @@
 """Hosts on one machine: each has its own network, processes and temp folder, and runs Ray and a driver. Needs root and Linux.
 
-    switch:  br0 ---- p1 ... p4        a split moves some of the ports to br1
+    switch:  br0 ---- p1 ... p4        a split moves some of the ports to br1, or br2
                       |      |
     hosts:          eth0    eth0       10.77.0.1 ... 10.77.0.4
 
@@ -225,7 +225,7 @@ class Network:
         self._places: list[Place] = []
         try:
             self.switch = self._keep(Place())
-            for bridge in ("br0", "br1"):
+            for bridge in ("br0", "br1", "br2"):
                 self.switch.run("ip", "link", "add", bridge, "type", "bridge", "forward_delay", "0")
                 self.switch.run("ip", "link", "set", bridge, "up")
             self.hosts = [self._plug(number, logs) for number in range(1, 5)]
@@ -261,10 +261,10 @@ class Network:
         host.run("ip", "route", "add", "default", "dev", "eth0")  # Ray finds out its address by a route to anywhere
         return host
 
-    def cut_off(self, *hosts: Host) -> float:
-        """These hosts hear each other only, and the others too. Returns when."""
+    def cut_off(self, *hosts: Host, bridge: str = "br1") -> float:
+        """These hosts hear only each other, and who is on the same bridge. Returns when."""
         for host in hosts:
-            self.switch.run("ip", "link", "set", f"p{host.number}", "master", "br1")
+            self.switch.run("ip", "link", "set", f"p{host.number}", "master", bridge)
         return time.monotonic()
 
     def heal(self) -> float:

@@ -135,6 +135,13 @@ def flock(network, tmp_path_factory):
     return flock
 
 
+@pytest.fixture(autouse=True)
+def healed(network):
+    """Whatever becomes of a test, the next one has a whole network."""
+    yield
+    network.heal()
+
+
 def split(network, *cut):
     rest = [host for host in network.hosts if host not in cut]
     print(f"\n{rest} | {list(cut)}")
@@ -240,23 +247,46 @@ def test_nothing_is_lost_with_a_host_that_hears_and_is_not_heard(network, flock)
 
 
 def test_a_host_that_loses_a_third_of_what_it_is_sent_is_not_given_up(network, flock):
+    """Calls go on. TCP itself gives a connection up now and then; such a call fails as promised, unless it may be made twice."""
     _, h2, h3, _ = network.hosts
-    before = flock.left()
+    eventually(lambda: flock.is_one(flock.tags), "all run", 30)
+    before, names = flock.left(), sorted(flock.tags)
     for host in (h2, h3):
-        host.do("begin_calls", "default", list(flock.tags), 20.0)
+        host.do("begin_calls", "default", names[::2], False)
+        host.do("begin_calls", "default", names[1::2], True)
     h3.rule("input", "iifname", "eth0", "numgen", "random", "mod", "100", "<", "30", "drop")
     time.sleep(60)
+    left = flock.left()
     network.heal()
-    counts = [host.do("end_calls") for host in (h2, h3)]
-    for host, count in zip((h2, h3), counts, strict=True):
-        print(f"\n{host}: {count['calls']} calls, the slowest {count['slowest']:.1f} s, {len(count['failures'])} failed")
-    assert flock.left() == before
-    assert not [failure for count in counts for failure in count["failures"]]
-    assert all(count["calls"] > 100 for count in counts)
+    for host in (h2, h3):
+        for count, retry in zip(host.do("end_calls"), (False, True), strict=True):
+            calls, failures = count["calls"], count["failures"]
+            print(f"\n{host}, retry={retry}: {calls} calls, the slowest {count['slowest']:.1f} s, failed: {failures}", end="")
+            assert calls > 100
+            assert set(failures) <= (set() if retry else {"BirdUnavailable"})
+            assert len(failures) < 0.01 * calls
+    assert left == before, "no nest was given up"
     assert flock.is_whole()
 
 
-@pytest.mark.skipif(os.environ.get("FLOCK_RAY_LONG") != "1", reason="takes 6 minutes: FLOCK_RAY_LONG=1")
+LONG = pytest.mark.skipif(os.environ.get("FLOCK_RAY_LONG") != "1", reason="takes minutes: FLOCK_RAY_LONG=1")
+
+
+@LONG
 @pytest.mark.timeout(600)
 def test_a_split_of_five_minutes_heals_like_a_short_one(network, flock):
     lives_through_a_split(network, flock, 300)
+
+
+@LONG
+def test_hosts_that_do_not_reach_the_head_find_each_other_again(network, flock):
+    """A nest's look for addresses waited for the head, and with it all joining; the detector's own tries become rare."""
+    _, _, h3, h4 = network.hosts
+    network.cut_off(h3)
+    network.cut_off(h4, bridge="br2")
+    eventually(lambda: [len(host.do("nests", "default")) for host in (h3, h4)] == [1, 1], "both are alone", SIDES)
+    time.sleep(100)
+    met = network.cut_off(h4)
+    eventually(lambda: [len(host.do("nests", "default")) for host in (h3, h4)] == [2, 2], "they have found each other", AFTER)
+    print(f"\nthey have found each other after {time.monotonic() - met:.1f} s")
+    flock.heals(list(flock.tags))

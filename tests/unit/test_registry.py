@@ -71,9 +71,9 @@ def start(number: int, options: Options | None = None) -> ev.Start:
 class Pair:
     """Nests that hear each other, on a clock of their own; what they send comes at once, packed."""
 
-    def __init__(self, *lives: Life) -> None:
+    def __init__(self, *lives: Life, config: Config | None = None) -> None:
         self.now, self.sent = 1.0, []
-        self.nests = {life: Registry(life, Config(), lambda: 0.5) for life in lives}
+        self.nests = {life: Registry(life, config or Config(), lambda: 0.5) for life in lives}
         for life in lives:
             self.take(life, ev.Booted(NodeRecord(life, 2.0)))
             self.take(life, *[ev.MemberAlive(other) for other in lives if other != life])
@@ -469,3 +469,24 @@ def test_a_conflict_is_told_once_though_its_owner_changes_with_the_heal(number, 
     assert not more
     assert told.winner.life == lives[0]
     assert dies or told.by == lives[0], "by who accepted the winner"
+
+
+def test_a_paused_minority_hatches_nothing_however_often_it_looks():
+    """It wrote that a bird is pending, and took its own word, at the next look, for that of one who had held the bird."""
+    lives = [Life(node, 1) for node in "abc"]
+    pair = Pair(*lives, config=Config(minority="pause"))
+    numbers = range(30)
+    for number in numbers:
+        pair.take(ME, start(number))
+    pair.pass_time(1.0)
+    nest = pair.nests[ME]
+    held = {life.name for life in nest.holds.lives.values()}
+    assert 0 < len(held) < 30
+    pair.nests = {ME: nest}
+    pair.take(ME, *map(ev.MemberDead, lives[1:]), *[ev.NodeProbed(life, "silent") for life in lives[1:]])
+    pair.pass_time(2.0)
+    nest.mark(nest.replica)
+    pair.pass_time(2.0)
+    assert nest.membership.paused and all(nest.owns(f"bird-{number}") for number in numbers)
+    assert {life.name for life in nest.holds.lives.values()} == held
+    assert all(readings.info(nest, name).state == "pending" for name in nest.replica if name not in held)
