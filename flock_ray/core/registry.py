@@ -95,6 +95,7 @@ class Registry:
         self._next_sync = AWAKE
         self._code_ask_at = 0.0
         self._conflicts: dict[Name, tuple[Dot, ...]] = {}
+        self._untold: dict[Name, float] = {}  # conflicts that another node is to tell, and when this one does
         self._demanded: tuple[Any, ...] = ()
         self._placed_seen: tuple[object, int] | None = None
 
@@ -145,6 +146,7 @@ class Registry:
             times.append(self._code_ask_at)
         if self._changes:
             times.append(self._gathers_since + self._patience())
+        times += self._untold.values()
         return min(times)
 
     def copy(self) -> Iterator[bytes]:
@@ -300,10 +302,11 @@ class Registry:
             self._crowded.discard(name)
         if name in self.holds:
             self._reap(name)
+        if self.membership.ready:
+            self._tell_conflict(name)
         if self.membership.ready and self.owns(name):
             winner = self.replica.winner(name)
             if winner is not None:
-                self._tell_conflict(name, winner[0])
                 if self.barrier.permits(name):
                     self._settle(name, *winner)
                 else:
@@ -377,7 +380,7 @@ class Registry:
 
     def _not_admitted(self, status: Status | None) -> str:
         """Why this nest does not take one more bird (P3); empty if it does."""
-        if self.membership.paused and (status is None or status.life.node not in {life.node for life in self.membership.view}):
+        if self.membership.paused and not self._is_held(status):
             return "this side of a split has less than half of the nodes, and minority is 'pause'"
         if self.config.max_birds is not None and len(self.holds.lives) >= self.config.max_birds:
             return f"its node holds max_birds={self.config.max_birds} already"
@@ -385,17 +388,35 @@ class Registry:
             return f"its node has less than min_free_memory={self.config.min_free_memory:g} of its memory free"
         return ""
 
-    def _tell_conflict(self, name: Name, winner: Dot) -> None:
+    def _is_held(self, status: Status | None) -> bool:
+        """Was a bird held on this side? One that is pending is not, whoever said so last."""
+        return status is not None and status.state != "pending" and any(life.node == status.life.node for life in self.membership.view)
+
+    def _tell_conflict(self, name: Name) -> None:
+        """Told once in a flock: by the node that accepted the winner, for owners change when a split heals, and each of them would tell it.
+
+        Is nothing heard of that node for `nest_grace`, the owner does.
+        """
         pairs = self.replica.records(name)
         if len(pairs) < 2:
-            if self._conflicts:
+            if self._conflicts or self._untold:
                 self._conflicts.pop(name, None)
+                self._untold.pop(name, None)
             return
         specs = {dot: record.spec for dot, record in pairs}
+        winner = min(specs, key=lambda dot: (specs[dot].stamp, dot))  # as `Replica.winner`
         losers = tuple(sorted(dot for dot in specs if not specs[dot].same_bird(specs[winner])))
-        if losers and self._conflicts.get(name) != losers:
-            self._conflicts[name] = losers
-            self.notice(notices.NameConflict(self.me, name, winner, losers))
+        if not losers or self._conflicts.get(name) == losers:
+            return
+        if winner.life.node != self.me.node:
+            if not self.owns(name) or any(winner.life.node == life.node for life in (*self.membership.living(), *self.membership.view)):
+                self._untold.pop(name, None)
+                return
+            if self.now < self._untold.setdefault(name, self.now + self.config.nest_grace):
+                return
+        self._untold.pop(name, None)
+        self._conflicts[name] = losers
+        self.notice(notices.NameConflict(self.me, name, winner, losers))
 
     # Time
 
@@ -415,6 +436,8 @@ class Registry:
         self.placement_changed()
         self.supervision.run_timers()
         self.desk.run()
+        if self._untold:
+            self.mark([name for name, due in self._untold.items() if due <= self.now])
         for name in tuple(islice(self._dirty, NAMES_A_STEP)):
             if name in self._dirty:
                 del self._dirty[name]
@@ -578,8 +601,8 @@ class Registry:
     def joined(self, changes: Iterable[RecordChange]) -> None:
         """What others have changed: most of it is none of this nest's business."""
         dirty, holds, desk, owns = self._dirty, self.holds, self.desk, self.owns
-        for name, _, _ in changes:
-            if name in holds or desk.waits_for(name) or name in self.waiting or owns(name):
+        for name, _, after in changes:
+            if name in holds or desk.waits_for(name) or name in self.waiting or owns(name) or len(after) > 1:
                 dirty[name] = None
 
     def changed(self, change: RecordChange | None) -> None:

@@ -265,13 +265,18 @@ class Nest:
         await self._keep_packages()
 
     async def _join(self) -> None:
-        """Tells the failure detector of every address there is, again and again (M2)."""
+        """Tells the failure detector of every address there is, again and again (M2); of those it knows also while the head is silent."""
+        asked: asyncio.Future[list[str]] | None = None
         while not self._ending and self._members is not None:
-            try:
-                known = await self._in_thread(cluster.addresses, self._record.life)
-            except (ray.exceptions.RayError, RuntimeError, OSError, ValueError, TimeoutError) as error:
-                logger.warning("the nests' addresses cannot be read now: %s", error)
-                known = []
+            asked = asked or asyncio.ensure_future(self._in_thread(cluster.addresses, self._record.life))
+            known: list[str] = []
+            await asyncio.wait({asked}, timeout=self._config.join_interval)
+            if asked.done():
+                answered, asked = asked, None
+                try:
+                    known = answered.result()
+                except (ray.exceptions.RayError, RuntimeError, OSError, ValueError, TimeoutError) as error:
+                    logger.warning("the nests' addresses cannot be read now: %s", error)
             await self._members.join(known)
             await asyncio.sleep(self._config.join_interval if self._ready.is_set() else 0.2)
 

@@ -127,8 +127,9 @@ class Processes:
             process.handle = await self._in_thread(
                 cluster.start_host, process.host, pickle.dumps(boot), self._nest, self._node, options, *process.kind[1:], process.kind.env
             )
-            if process.killed_for:
+            if process.killed_for:  # it has been given up: it gets no order
                 await self._in_thread(ray.kill, process.handle)
+                return
             await process.handle.hatch.remote(pickle.dumps(order) if order is not None else b"")
             process.ready = True
             self.flush(process)
@@ -252,6 +253,8 @@ class Processes:
                 signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
         elif process.handle is not None:
             self._task(self._kill_unseen(process))
+        else:  # Ray was not asked for it yet, and may not be for minutes while the head is silent: nothing has begun in it
+            self._gone(process, why)
 
     async def _kill_unseen(self, process: Process) -> None:
         await self._in_thread(ray.kill, process.handle)

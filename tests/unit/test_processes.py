@@ -102,3 +102,30 @@ def test_an_order_to_hatch_that_was_not_sent_is_taken_back(record, monkeypatch):
         assert sent[1:] == [wire.Orders((wire.EndOrder(Dot(ME, 2), 1, "stopped", False, 5.0),))]
 
     asyncio.run(go())
+
+
+def test_a_life_whose_process_ray_was_not_asked_for_yet_ends_at_once(record, monkeypatch):
+    """On the side of a split without the head such a request waits for the heal; by then the bird ran elsewhere, and was not found."""
+
+    async def go():
+        told, asked, killed, heal = [], [], [], asyncio.Event()
+
+        async def in_thread(work, *args):
+            if work is cluster.start_host:
+                await heal.wait()
+                return SimpleNamespace(hatch=SimpleNamespace(remote=asked.append))
+            return killed.append(work)
+
+        nest = hosts.Hosts(record, "a", None, in_thread, lambda *events: told.extend(events), None)
+        one = order(1)
+        own = one.spec._replace(options=Options())
+        nest.hatch(do.Hatch(one.name, one.dot, one.born, own, one.code, 0, 0, None, False))
+        await asyncio.sleep(0)
+        nest.end(do.EndLife(one.dot, one.born, "moved", False, 5.0))
+        assert [type(word) for word in told] == [wire.LifeCrashed]
+        heal.set()
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert len(killed) == 1 and not asked, "what comes of it late gets no order"
+
+    asyncio.run(go())

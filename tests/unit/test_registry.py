@@ -16,7 +16,7 @@ from flock_ray.core import journal, letters, readings
 from flock_ray.core import messages as msg
 from flock_ray.core.aworset import Hashes
 from flock_ray.core.holds import BirdLife, Phase
-from flock_ray.core.notices import CastLost
+from flock_ray.core.notices import CastLost, NameConflict
 from flock_ray.core.registry import BURST, GATHER, LITTLE, NAMES_A_STEP, Registry
 from flock_ray.core.replica import RECORDS, Replica
 from flock_ray.core.sync import Sync
@@ -105,9 +105,9 @@ def start(number: int, options: Options | None = None) -> ev.Start:
 class Pair:
     """Nests that hear each other, on a clock of their own; what they send comes at once, packed."""
 
-    def __init__(self, *lives: Life) -> None:
+    def __init__(self, *lives: Life, config: Config | None = None) -> None:
         self.now, self.sent = 1.0, []
-        self.nests = {life: Registry(life, Config(), lambda: 0.5) for life in lives}
+        self.nests = {life: Registry(life, config or Config(), lambda: 0.5) for life in lives}
         for life in lives:
             self.take(life, ev.Booted(NodeRecord(life, 2.0)))
             self.take(life, *[ev.MemberAlive(other) for other in lives if other != life])
@@ -455,3 +455,72 @@ def test_readings_of_birds_that_failed_or_lived_on_a_node_that_is_gone():
     trio.pass_time(1.0)
     assert "c" not in sum(readings.held(nest), Counter())
     assert "pending" in nest.desk.too_late(f"bird-{theirs}", "running").message
+
+
+# One name with two specs
+
+
+class Told(Pair):
+    """Keeps what was told of conflicts, and by whom."""
+
+    def __init__(self, *lives: Life) -> None:
+        self.conflicts: list[NameConflict] = []
+        super().__init__(*lives)
+
+    def take(self, life: Life, *events: ev.Event) -> list[do.Effect]:
+        effects = super().take(life, *events)
+        self.conflicts += [effect.notice for effect in effects if isinstance(effect, do.Emit) and isinstance(effect.notice, NameConflict)]
+        return effects
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["its node lives", "its node dies"])
+@pytest.mark.parametrize("number", range(8))
+def test_a_conflict_is_told_once_though_its_owner_changes_with_the_heal(number, dies):
+    """On four hosts two nests told of it: the owner on one side of the split, before its view was whole, and the next."""
+    lives = [Life(node, 1) for node in "abcd"]
+    whole = Told(*lives)
+    every = dict(whole.nests)
+    for side, wall, args in ((lives[:2], 1_000, b"one"), (lives[2:], 2_000, b"other")):
+        whole.nests = {life: every[life] for life in side}
+        for life in side:
+            away = [other for other in lives if other not in side]
+            whole.take(life, *map(ev.MemberDead, away), *[ev.NodeProbed(other, "silent") for other in away])
+        whole.pass_time(2.0)
+        started = spec(number)._replace(args=args, request_id=str(wall))
+        whole.take(side[0], ev.Start(f"r{wall}", f"bird-{number}", started, b"class", wall))
+        whole.pass_time(1.0)
+    if dies:
+        del every[lives[0]]
+        whole.nests = {lives[1]: every[lives[1]]}
+        whole.take(lives[1], ev.MemberDead(lives[0]), ev.NodeProbed(lives[0], "silent"))
+        whole.pass_time(2.0)
+    whole.nests = every
+    for life in every:
+        whole.take(life, *[ev.MemberAlive(other) for other in every if other != life])
+    whole.pass_time(15.0)
+    assert all(len(nest.membership.view) == len(every) for nest in every.values())
+    told, *more = whole.conflicts
+    assert not more
+    assert told.winner.life == lives[0]
+    assert dies or told.by == lives[0], "by who accepted the winner"
+
+
+def test_a_paused_minority_hatches_nothing_however_often_it_looks():
+    """It wrote that a bird is pending, and took its own word, at the next look, for that of one who had held the bird."""
+    lives = [Life(node, 1) for node in "abc"]
+    pair = Pair(*lives, config=Config(minority="pause"))
+    numbers = range(30)
+    for number in numbers:
+        pair.take(ME, start(number))
+    pair.pass_time(1.0)
+    nest = pair.nests[ME]
+    held = {life.name for life in nest.holds.lives.values()}
+    assert 0 < len(held) < 30
+    pair.nests = {ME: nest}
+    pair.take(ME, *map(ev.MemberDead, lives[1:]), *[ev.NodeProbed(life, "silent") for life in lives[1:]])
+    pair.pass_time(2.0)
+    nest.mark(nest.replica)
+    pair.pass_time(2.0)
+    assert nest.membership.paused and all(nest.owns(f"bird-{number}") for number in numbers)
+    assert {life.name for life in nest.holds.lives.values()} == held
+    assert all(readings.info(nest, name).state == "pending" for name in nest.replica if name not in held)
