@@ -149,6 +149,11 @@ class Registry:
         times += self._untold.values()
         return min(times)
 
+    @property
+    def booting(self) -> bool:
+        """Is it still being read what the life before has written? Then there is no copy to be made: what was not read would be deleted."""
+        return self._boot is not None
+
     def copy(self) -> Iterator[bytes]:
         """All there is to be written, for a journal that has become long."""
         return journal.copy(self.replica, lambda: self._written_view)

@@ -187,7 +187,7 @@ class Nest:
                 if time.monotonic() - lived >= LIVES:
                     lived = time.monotonic()
                     self._journal.lives(self._registry.me.number)
-                if self._has_gaps or self._journal.is_long:
+                if (self._has_gaps or self._journal.is_long) and not self._registry.booting:
                     self._has_gaps = False
                     for _ in self._journal.replace(self._registry.copy()):
                         await self._steps.turn()

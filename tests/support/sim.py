@@ -163,6 +163,8 @@ SCHEDULES = {
 
 
 class World:
+    looks_every = 0.25  # seconds between looks of the failure detector; more where months pass
+
     def __init__(self, mix: Mix, seed: int, config: Config = CONFIG, registry: Callable[..., Registry] = Registry) -> None:
         self.rng = random.Random(seed)
         self.mix, self.config, self.registry = mix, config, registry
@@ -546,7 +548,7 @@ class World:
                     self.handle(node, ev.MemberDead(life))
                 if node.nest is None:
                     break
-        self.at(0.25, self._detect)
+        self.at(self.looks_every, self._detect)
 
     # What happens to the world
 
@@ -777,9 +779,9 @@ class World:
                     return f"{name} is {status} owned by {owner} and runs {runs}"
                 continue
             accepted = self.accepted.get(dot)
-            known = accepted is None or self._lived_since(*accepted[1:])
+            known = accepted is not None and self._lived_since(*accepted[1:])
             if not known and not any(record.spec.code in nest.replica.code for nest in nests):
-                continue  # its node died before anybody else had its code: an acknowledgement by one nest promises no more
+                continue  # its node died before anybody else had its code, or before it was acknowledged: no more was promised
             if status is None or status.state != "running" or len(runs) != 1 or runs[0][1:] != (dot, status.incarnation):
                 return f"{name}: {dot} runs {runs}, status {status}"
             if status.life.node != runs[0][0] or (record.spec.options.moves and runs[0][0] != owner.node):

@@ -82,6 +82,17 @@ def test_a_nest_that_does_not_act_yet_leaves_the_view_that_was_written():
     assert written_views(effects) == [frozenset([ME])]
 
 
+def test_a_nest_is_booting_until_all_that_was_written_is_read():
+    """A journal that is long is written anew by the next life. Done while that one reads, it deleted what was not read yet."""
+    pieces = tuple(journal.pack([frozenset([ME])]) for _ in range(3))
+    nest = Registry(ME, Config(), lambda: 0.5)
+    nest.handle(ev.Booted(NodeRecord(ME, 1.0), journal=pieces), 0.0)
+    assert nest.booting
+    for _ in pieces:
+        nest.handle(ev.Tick(), 0.0)
+    assert not nest.booting
+
+
 def test_casts_to_a_name_that_nobody_knows_are_told_once():
     nest = lone_nest(cpus=1.0)
     for casts in (0, 3):
