@@ -62,6 +62,10 @@ class FlockOf:
         owners = [(owner_of([w for w in self.weights if w[0] in {h.node for h in hosts}]), host.node) for hosts, host in wanted]
         return next(name for n in range(10_000) if (name := f"{prefix}{n}") not in self.tags and all(of(name) == to for of, to in owners))
 
+    def has_spares(self):
+        """Are there on each host: one for light birds, one of a bird of its own, and a spare?"""
+        return all(count >= 3 for count in on_all(self.network.hosts, "processes", self.name))
+
     def replicas(self):
         return on_all(self.network.hosts, "birds", self.name)
 
@@ -152,6 +156,7 @@ def lives_through_a_split(network, flock, seconds):
     """What is promised of a split in two halves and the heal: each step is a row of the table of promises."""
     h1, h2, h3, h4 = network.hosts
     known = list(flock.tags)
+    eventually(flock.has_spares, "a spare on each host", BOOT)
     at, left, right = split(network, h3, h4)
     took = flock.answers_on(left, right)
     print(f"all {len(known)} birds answer on both sides after {took:.1f} s")
