@@ -56,7 +56,7 @@ def answer(flock: str, names: list[str], until: float) -> dict[str, Any]:
             try:
                 found[name] = Flock(flock).call(name, "who", timeout=5)
             except flock_ray.FlockError as error:
-                found[name] = f"{type(error).__name__}: {error}"
+                found[name] = f"{type(error).__name__} (by {client_of(flock).path(name)}): {error}"
                 if time.monotonic() > until:
                     return
                 time.sleep(0.1)
