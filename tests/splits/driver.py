@@ -17,6 +17,7 @@ import ray
 
 import flock_ray
 from flock_ray import Flock
+from flock_ray.runtime import cluster
 from flock_ray.runtime.client import client_of
 from tests.splits.birds import Diary
 
@@ -55,7 +56,7 @@ def answer(flock: str, names: list[str], until: float) -> dict[str, Any]:
             try:
                 found[name] = Flock(flock).call(name, "who", timeout=5)
             except flock_ray.FlockError as error:
-                found[name] = f"{type(error).__name__}: {error}"
+                found[name] = f"{type(error).__name__} (by {client_of(flock).path(name)}): {error}"
                 if time.monotonic() > until:
                     return
                 time.sleep(0.1)
@@ -85,6 +86,12 @@ def notices(flock: str) -> list[list[Any]]:
     client = client_of(flock)
     found = client.courier.run(client.asks.read("notices"))
     return [[type(notice).__name__, getattr(notice, "name", None), notice.text] for notice in found]
+
+
+def processes(flock: str) -> int:
+    """How many processes this node has for birds, with its spares."""
+    record = cluster.record_left(flock)
+    return 0 if record is None else len(list(cluster.session_directory(record.life).glob("*.json")))
 
 
 class Callers:
@@ -128,7 +135,9 @@ def end_calls() -> list[dict[str, Any]]:
     return ended
 
 
-DOES = {one.__name__: one for one in (join, init, start, stop, call, answer, birds, alive, nests, notices, begin_calls, end_calls)}
+DOES = {
+    one.__name__: one for one in (join, init, start, stop, call, answer, birds, alive, nests, notices, processes, begin_calls, end_calls)
+}
 
 
 def main() -> None:
