@@ -39,6 +39,7 @@ NAMESPACE = "flock_ray"
 PIN_SECONDS = 3600  # how long a runtime_env's package is kept after its last renewal
 CALLS_BY_RAY = 10_000  # that a host of light birds has under way at a time
 BOOT_SECONDS = 90.0  # a nest is a new process on a machine that may be busy
+AWAY = (ray.exceptions.GetTimeoutError, ray.exceptions.RpcError)  # what Ray raises, after a minute, where its head does not answer
 _KV = b"flock_ray"
 _ACTOR_DEAD = 4  # Ray's ActorTableData.DEAD
 
@@ -301,12 +302,20 @@ def local_nest(flock: str, timeout: float) -> ActorHandle[Any]:
     """The nest of this node, or while it is not there yet another node's.
 
     Raises:
-        FlockNotRunning: Ray is not initialised, or the flock was never started, or is being destroyed.
+        FlockNotRunning: Ray is not initialised, or has lost what its head knew, or the flock was never started, or is being destroyed.
     """
     require_ray()
     known = _nests.get(flock)
     if known is not None:
         return known[1]
+    try:
+        return _look_for_nest(flock, timeout)
+    except ray.exceptions.RayError as error:  # above all `AuthenticationError`, what a head that has forgotten its cluster answers
+        text = f"Ray does not say where the nests of flock {flock!r} are; did its head restart without Redis? ({error})"
+        raise FlockNotRunning(text) from error
+
+
+def _look_for_nest(flock: str, timeout: float) -> ActorHandle[Any]:
     record = flock_life(flock)
     if record is None or record.ending:
         state = "is not running" if record is None or _ended(record) else "is being destroyed"
@@ -378,12 +387,25 @@ def _host_class(is_async: bool, light: bool) -> Any:
 
 
 def start_host(
-    name: str, boot: bytes, nest: ActorHandle[Any], node: str, options: Options, is_async: bool, light: bool, env: str | None
+    name: str,
+    boot: bytes,
+    nest: ActorHandle[Any],
+    node: str,
+    options: Options,
+    is_async: bool,
+    light: bool,
+    env: str | None,
+    *,
+    again: bool = False,
 ) -> ActorHandle[Any]:
-    """Starts the process for one bird, or for light birds, on a node, under the runtime_env of who started the bird (V3)."""
+    """Starts the process for one bird, or for light birds, on a node, under the runtime_env of who started the bird (V3).
+
+    With `again` an earlier try may have come through.
+    """
     ray_options: dict[str, Any] = {
         "name": name,
         "namespace": NAMESPACE,
+        "get_if_exists": again,
         "lifetime": "detached",
         "max_restarts": 0,
         "max_task_retries": 0,

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import pickle
 import signal
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import psutil
@@ -30,9 +32,12 @@ from flock_ray.runtime.recorder import recorder_path
 from flock_ray.runtime.tether import pid_path
 from flock_ray.specs import Life, Options, Spec
 
+logger = logging.getLogger("flock_ray.nest")
+
 InThread = Callable[..., Awaitable[Any]]
 FILL = 1.0  # seconds until a spare that was taken is replaced: its bird starts first
 REFILL = 10.0  # seconds until one that died is, lest one that cannot live is started again and again; the next bird has it done sooner
+AGAIN = 1.0  # seconds until a process that could not be started because Ray's head is away is started again
 KINDS = 4  # of spares that are kept
 FAREWELL = 15.0  # seconds within which a host that keeps nothing ends by itself, or is killed
 LIGHT = "light:"  # how the names of hosts of light birds begin
@@ -124,9 +129,7 @@ class Processes:
             threads=config.light_threads,
         )
         try:
-            process.handle = await self._in_thread(
-                cluster.start_host, process.host, pickle.dumps(boot), self._nest, self._node, options, *process.kind[1:], process.kind.env
-            )
+            process.handle = await self._started(process, pickle.dumps(boot), options)
             if process.killed_for:  # it has been given up: it gets no order
                 await self._in_thread(ray.kill, process.handle)
                 return
@@ -138,6 +141,21 @@ class Processes:
                 self._gone(process, str(error))
             else:
                 self.kill(process, str(error))
+
+    async def _started(self, process: Process, boot: bytes, options: Options) -> ActorHandle[Any]:
+        """Has Ray start it; again and again while Ray's head is away: that is nobody's crash."""
+        where = (process.host, boot, self._nest, self._node)
+        start = partial(cluster.start_host, *where, options, *process.kind[1:], process.kind.env)
+        while True:
+            try:
+                handle: ActorHandle[Any] = await self._in_thread(start)
+                return handle
+            except cluster.AWAY as error:
+                if process.killed_for:
+                    raise
+                logger.warning("a host cannot be started now, and it is tried again: %s", error)
+                start = partial(start, again=True)
+                await asyncio.sleep(AGAIN)
 
     async def adopt(self, report: wire.HostReport, kind: Kind) -> Process:
         """Takes over a process that an earlier life of the nest had started. It is to be watched when its lives are known."""

@@ -6,11 +6,13 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+import ray
 
 from flock_ray.config import Config
 from flock_ray.core import effects as do
 from flock_ray.core import wire
 from flock_ray.runtime import cluster, hosts
+from flock_ray.runtime import processes as processes_module
 from flock_ray.runtime.processes import Kind, Process, Processes
 from flock_ray.specs import Dot, Life, Options, Spec, Stamp
 
@@ -111,7 +113,7 @@ def test_a_life_whose_process_ray_was_not_asked_for_yet_ends_at_once(record, mon
         told, asked, killed, heal = [], [], [], asyncio.Event()
 
         async def in_thread(work, *args):
-            if work is cluster.start_host:
+            if getattr(work, "func", work) is cluster.start_host:
                 await heal.wait()
                 return SimpleNamespace(hatch=SimpleNamespace(remote=asked.append))
             return killed.append(work)
@@ -129,3 +131,43 @@ def test_a_life_whose_process_ray_was_not_asked_for_yet_ends_at_once(record, mon
         assert len(killed) == 1 and not asked, "what comes of it late gets no order"
 
     asyncio.run(go())
+
+
+def test_that_the_head_is_away_is_no_crash(record, monkeypatch):
+    """Ray raises after a minute without a head. Each time counted as a crash: after a GCS was away for 130 s birds had two more."""
+    tries, gone, given = [], [], []
+    monkeypatch.setattr(processes_module, "AGAIN", 0.0)
+
+    class Hatch:
+        async def remote(self, order):
+            given.append(order)
+
+    def start_host(name, *_, again=False):
+        tries.append((name, again))
+        if len(tries) < 4:
+            raise (ray.exceptions.GetTimeoutError if len(tries) == 1 else ray.exceptions.RpcError)("the head is away")
+        return SimpleNamespace(hatch=Hatch())
+
+    async def in_thread(work, *args):
+        return work(*args)
+
+    async def go(killed_for=""):
+        processes = Processes(record, "a", None, in_thread, lambda process, why: gone.append(why))
+        process = processes.new(Kind(""), Options(), order(1))
+        process.killed_for = killed_for
+        async with asyncio.timeout(10):
+            while not process.ready and not gone:
+                await asyncio.sleep(0)
+        return process
+
+    monkeypatch.setattr(cluster, "start_host", start_host)
+    process = asyncio.run(go())
+    assert tries == [(process.host, False), (process.host, True), (process.host, True), (process.host, True)], (
+        "an earlier try may have come"
+    )
+    assert not gone
+    assert len(given) == 1
+    tries.clear()
+    asyncio.run(go("its start took too long"))
+    assert len(tries) == 1
+    assert gone == ["its start took too long"]
