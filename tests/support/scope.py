@@ -218,7 +218,7 @@ class Scope:
             self.excused = True
         if nest.membership.ready:
             heard = side.knew or any(peer.condition is not Condition.UNHEARD for peer in peers)
-            self.excused = self.excused or not heard
+            self.excused = self.excused or (other.life > 0 and not heard)
             side.knew = len(nest.membership.view) > 1
         views = [each.nest.membership.view for each in self.sides if each.nest is not None]
         if len(views) == 2 and views[0] == views[1] and len(views[0]) == 2:

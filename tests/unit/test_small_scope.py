@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flock_ray.core import barrier
 from flock_ray.core.ring import ring_from
 from tests.support.scope import NAME, Scope, explore
-from tests.support.sim import Violation
 
 OWNER = int(ring_from((("n0", 16), ("n1", 16))).owner(NAME)[1:])  # when both are there
 OTHER = 1 - OWNER
@@ -61,9 +59,3 @@ def test_no_interleaving_has_two_lives(root):
     found = explore(root(), STEPS, DEPTH)
     print(f"{root.__name__}: {found.states} states, {found.actions} actions, depth {found.depth} from each of {STEPS} states of a run")
     assert found.states > 500
-
-
-def test_a_nest_that_asks_nobody_is_found(monkeypatch):
-    monkeypatch.setattr(barrier.Barrier, "permits", lambda self, name: True)
-    with pytest.raises(Violation, match="hatches .* while n. runs"):
-        explore(joining(), STEPS, 1)
