@@ -144,8 +144,10 @@ class Handover:
             return None
         if winner is not None and not winner[1].spec.options.moves and report.alive:
             alive = [(r.incarnation, life) for (life, d), r in self._nest.barrier.reports[name].items() if r.alive and d == dot]
-            failed = winner[1].status is not None and winner[1].status.state == "failed"
-            if not failed:
+            status = winner[1].status
+            failed = status is not None and status.state == "failed"
+            ended = status is not None and (status.state, status.life, status.incarnation) == ("pending", holder, report.incarnation)
+            if not failed and not ended:
                 return None if (report.incarnation, holder) == max(alive) else False
         return True
 

@@ -257,6 +257,8 @@ class Supervision:
             if not handed_over and life.source is not None:
                 state = life.source.state  # it never ran: what it was to take over is handed on
             self._nest.holds.keep(life.name, msg.Released(life.dot, life.incarnation, self._nest.me, state))
+        elif life.reason != "moved":
+            self.write(life, "pending")  # if its entry is still there, another start of the name counts now, and maybe not for long
         moved = life.reason == "moved"
         kind = notices.BirdMoved if moved else notices.BirdStopped
         self._nest.notice(kind(self._nest.me, life.name, life.dot, life.incarnation))

@@ -535,3 +535,23 @@ def test_a_paused_minority_hatches_nothing_however_often_it_looks():
     assert nest.membership.paused and all(nest.owns(f"bird-{number}") for number in numbers)
     assert {life.name for life in nest.holds.lives.values()} == held
     assert all(readings.info(nest, name).state == "pending" for name in nest.replica if name not in held)
+
+
+def test_a_bird_that_stays_where_it_is_runs_again_though_its_holder_had_ended_it_for_another_start():
+    """The other start was removed then. The owner took the holder's word of before, that the bird lives there, for ever (mix placed, seed 174)."""
+    owner, holder = Life("a", 1), Life("b", 1)
+    pair = Pair(holder)
+    effects = pair.take(holder, *[ev.Start(f"r{n}", f"bird-{n}", spec(n, Options(moves=False)), b"class", 2_000) for n in range(8)])
+    pair.take(holder, *running(effects))
+    every = pair.nests
+    every[owner] = Registry(owner, Config(), lambda: 0.5)
+    pair.take(owner, ev.Booted(NodeRecord(owner, 2.0)), ev.MemberAlive(holder))
+    pair.take(holder, ev.MemberAlive(owner))
+    pair.pass_time(8.0)
+    name = next(f"bird-{n}" for n in range(8) if every[owner].owns(f"bird-{n}"))
+    (life,) = every[holder].holds.lives_of(name)
+    assert not every[owner].holds.lives, "they stay"
+    every[holder].supervision.end(life, "stopped", keep=False)  # as the owner of the name it does so for the start that counts
+    pair.take(holder, LifeEnded(life.dot, life.born))
+    pair.pass_time(5.0)
+    assert [one.dot for nest in every.values() for one in nest.holds.lives_of(name)] == [life.dot]
