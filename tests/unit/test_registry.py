@@ -538,7 +538,7 @@ def test_a_paused_minority_hatches_nothing_however_often_it_looks():
 
 
 def test_a_bird_that_stays_where_it_is_runs_again_though_its_holder_had_ended_it_for_another_start():
-    """The other start was removed then. The owner took the holder's word of before, that the bird lives there, for ever (mix placed, seed 174)."""
+    """The other start was removed then. The owner took its word of before, that the bird lives there, for ever (mix placed, seed 174)."""
     owner, holder = Life("a", 1), Life("b", 1)
     pair = Pair(holder)
     effects = pair.take(holder, *[ev.Start(f"r{n}", f"bird-{n}", spec(n, Options(moves=False)), b"class", 2_000) for n in range(8)])
