@@ -353,6 +353,8 @@ class Reporter:
         if not isinstance(welcome, Welcome) or self._link.pid(ANSWER) != before:
             raise NestAwayError  # it has not adopted us, or not this life of it
         self._tether.adopt(before)
+        if not self._tether.adopted:
+            raise NestAwayError  # it came too late, and this process is over
         self._welcomed(welcome.nest)
         self.wake()
 
