@@ -192,8 +192,8 @@ class Tether:
         with self._lock:
             now = clock()
             if self._since is None and self._nest.alive():
-                self._over = now - self._seen > self._patience and not self._nobody_else()
-                self._seen, self._good_until = now, now + FRESH
+                self._over = self._over or (now - self._seen > self._patience and not self._nobody_else())
+                self._seen, self._good_until = now, 0.0 if self._over else now + FRESH  # until the process has ended nothing runs
             elif self._since is None:
                 self._since, self._good_until = self._seen, 0.0
                 self._nest.close()
