@@ -241,9 +241,8 @@ class Ground:
         started = psutil.Process().children(recursive=True)
         try:
             if ray.is_initialized():
-                flock_ray.destroy()
-        except flock_ray.FlockError:
-            pass  # it did not come so far
+                with contextlib.suppress(flock_ray.FlockNotRunning):  # it did not come so far
+                    flock_ray.destroy()
         finally:
             ray.shutdown()
             self.cluster.shutdown()

@@ -23,8 +23,9 @@ import pytest
 
 import flock_ray
 from tests.cluster import birds
-from tests.cluster.conftest import WIRE, Flyground, eventually, init_whole
+from tests.cluster.conftest import WIRE, Flyground, init_whole
 from tests.cluster.test_promises import owners, runs, settled
+from tests.support.waiting import eventually
 
 pytestmark = [
     pytest.mark.skipif(WIRE == "ray", reason="without sockets whoever has never called a bird needs the head to find it: README says so"),
