@@ -42,6 +42,7 @@ AVOID_SECONDS = 3.0  # how long another route is insisted on; a bird can come ba
 HEADS = 256  # methods (and chains) of one bird whose heads a lane keeps
 A_FEW = 256  # messages
 FULL_PAUSE = 0.02  # seconds before a bird whose mailbox was full is tried again
+LOOK = 1.0  # seconds between looks whether an answer is still waited for
 RETRY_PAUSE = 0.05  # seconds before a host that could not be reached is tried again
 
 
@@ -359,7 +360,9 @@ class Lane:
                     full = self._full and not lost and way is not None and not way.lost()
                     break
             try:
-                outcome: Opened | Exception = open_raw(await answer_of(reply, None))
+                outcome: Opened | Exception = open_raw(await answer_of(reply, LOOK))
+            except NoAnswer:  # it may never come, over a network that was split; who waited for it may have given up
+                continue
             except Exception as error:  # as in `take`
                 outcome = error
             self.settle(unknown, reply, outcome)

@@ -207,6 +207,22 @@ def test_nothing_is_sent_again_while_an_earlier_message_may_still_run(caller):
     assert (running.result(5), refused.result(5)) == ("done", "next")
 
 
+def test_what_nobody_waits_for_any_more_keeps_nothing_from_a_better_way(caller, monkeypatch):
+    """A call by Ray was not answered long after a split; its caller had given up, and all later calls waited behind it."""
+    monkeypatch.setattr(lanes, "LOOK", 0.05)
+    old = caller.warm()
+    old.holds = True
+    stuck = caller.future("stuck", timeout=0.5)
+    until(lambda: old.args == ["stuck"])
+    old.retire()
+    new = caller.world.put("a", "host:2")
+    later = caller.future("later", timeout=5)
+    with pytest.raises(errors.CallTimeout):
+        stuck.result()
+    assert later.result() == "later"
+    assert new.args == ["later"]
+
+
 def test_casts_that_were_turned_away_follow_the_bird_though_nobody_waits(caller):
     old = caller.warm()
     old.holds = True
