@@ -142,17 +142,15 @@ class Callers:
 class Ground:
     """The cluster, and the faults that can be done to it."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, redis: str) -> None:
         self.rng = rng
+        self._deck: list[str] = []
         self.done: Counter[str] = Counter()
         self.verdicts: dict[tuple[str, str], float] = {}  # on which node which node's nest was declared dead, and when that was first seen
         self._stopped: list[tuple[float, list[psutil.Process]]] = []
-        self._stack = contextlib.ExitStack()
-        if has_redis():
-            os.environ["RAY_REDIS_ADDRESS"] = self._stack.enter_context(redis_server())
-        else:
-            console.print(f"{NO_REDIS}, so the head stays")
-        self._headless_until = 0.0
+        self._has_redis, self._headless_until = bool(redis), 0.0
+        if redis:
+            os.environ["RAY_REDIS_ADDRESS"] = redis
         node = {"num_cpus": 2, "include_dashboard": False, "gcs_server_port": free_port()}
         self.cluster = Cluster(initialize_head=True, head_node_args=node)
         self.head = Head(self.cluster)
@@ -196,7 +194,7 @@ class Ground:
         return self._kill_one_of(self._actors("NestActor"))
 
     def gcs(self) -> bool:
-        if not has_redis() or not self.head.is_up:
+        if not self._has_redis or not self.head.is_up:
             return False
         self.head.kill()
         self._headless_until = time.monotonic() + self.rng.uniform(*HEADLESS)
@@ -246,23 +244,22 @@ class Ground:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.resume()
 
-    FAULTS: ClassVar = {"bird": 3, "light_host": 2, "nest": 3, "raylet": 1, "stop_raylet": 2, "join": 3, "gcs": 1}
+    FAULTS: ClassVar = {"bird": 3, "light_host": 2, "nest": 3, "raylet": 1, "stop_raylet": 2, "join": 1, "gcs": 1}
 
-    def fault(self) -> None:
-        kinds, weights = list(self.FAULTS), list(self.FAULTS.values())
-        kind = self.rng.choices(kinds, weights)[0]
-        try:
-            done = getattr(self, kind)()
-        except (ray.exceptions.RayError, TimeoutError, flock_ray.FlockError) as error:
-            done = True  # perhaps
-            console.print(f"{kind}: {error!r}")
-        if done:
-            self.done[kind] += 1
-            console.print(f"{time.strftime('%X')} {kind}")
+    def fault(self) -> bool:
+        """Does the next that is possible now, of a shuffled deck of all: none is left out for long. Returns whether there was one."""
+        kind = next((kind for kind in self._deck if getattr(self, kind)()), None)
+        if kind is None:  # none is left, or none that is possible now
+            self._deck = [kind for kind, weight in self.FAULTS.items() for _ in range(weight)]
+            self.rng.shuffle(self._deck)
+            return False
+        self._deck.remove(kind)
+        self.done[kind] += 1
+        console.print(f"{time.strftime('%X')} {kind}")
+        return True
 
     def close(self) -> None:
         self.resume(float("inf"))
-        started = psutil.Process().children(recursive=True)
         try:
             if ray.is_initialized():
                 with contextlib.suppress(flock_ray.FlockNotRunning):  # it did not come so far
@@ -270,10 +267,6 @@ class Ground:
         finally:
             ray.shutdown()
             self.cluster.shutdown()
-            self._stack.close()
-            _, alive = psutil.wait_procs(started, timeout=5)
-            for process in alive:
-                process.kill()
 
 
 def read(folder: Path) -> tuple[Counter[str], dict[str, list[Life]]]:
@@ -309,9 +302,12 @@ def second_lives(lives: dict[str, list[Life]]) -> list[tuple[str, Life, Life, fl
 def chaos(minutes: float, seed: int, folder: Path) -> bool:
     """Returns whether every promise was kept."""
     rng = random.Random(seed)
-    ground = Ground(rng)
-    callers = None
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(end_children)
+        if not has_redis():
+            console.print(f"{NO_REDIS}, so the head stays")
+        ground = Ground(rng, stack.enter_context(redis_server()) if has_redis() else "")
+        stack.callback(ground.close)
         flock_ray.init()
         wait_for("a nest on every node", lambda: len(flock_ray.nests()) == WORKERS + 1)
         names = [f"bird-{number}" for number in range(BIRDS)]
@@ -321,11 +317,11 @@ def chaos(minutes: float, seed: int, folder: Path) -> bool:
         flock_ray.wait(names, timeout=CALM)
         console.print(f"{BIRDS} birds run on {WORKERS + 1} nodes; {minutes:g} minutes of faults begin, with seed {seed}")
         callers = Callers(names, seed)
+        stack.callback(callers.end)
         end, next_fault, next_look = time.monotonic() + 60 * minutes, 0.0, 0.0
         while (now := time.monotonic()) < end:
             ground.resume(now)
-            if now >= next_fault:
-                ground.fault()
+            if now >= next_fault and ground.fault():
                 next_fault = time.monotonic() + rng.expovariate(1 / PACE)
             if now >= next_look:
                 ground.look()
@@ -337,13 +333,16 @@ def chaos(minutes: float, seed: int, folder: Path) -> bool:
         wait_for("a nest on every node", lambda: len(flock_ray.nests()) == len(ground.workers) + 1)
         ground.look()
         told = callers.end()
-        callers = None
         time.sleep(2 * BEAT)
         return report(ground, told, lost, *read(folder))
-    finally:
-        if callers is not None:
-            callers.end()
-        ground.close()
+
+
+def end_children() -> None:
+    """What Ray has not ended."""
+    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=5)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def wait_for(what: str, condition: Any, deadline: float = CALM) -> None:

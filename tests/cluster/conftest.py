@@ -22,11 +22,15 @@ from ray.cluster_utils import Cluster
 import flock_ray
 from flock_ray.runtime import cluster
 from flock_ray.specs import Options
+from tests.support.head import NO_REDIS, has_redis
 from tests.support.waiting import eventually
 
 DEADLINE = 60.0
 LIGHT = os.environ.get("FLOCK_RAY_TEST_LIGHT") == "1"  # as above: all birds are light that do not ask for a process of their own
 WIRE = os.environ.get("FLOCK_RAY_TEST_WIRE", "auto")  # scripts/test runs these tests over sockets, and over Ray
+
+
+NEEDS_REDIS = pytest.mark.skipif(not has_redis() and os.environ.get("CI") != "true", reason=NO_REDIS)  # which fails in CI
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -20,12 +20,13 @@ import pytest
 
 import flock_ray
 from tests.cluster import birds
-from tests.cluster.conftest import WIRE, Flyground, init_whole
+from tests.cluster.conftest import NEEDS_REDIS, WIRE, Flyground, init_whole
 from tests.cluster.test_promises import owners, runs, settled
-from tests.support.head import NO_REDIS, Head, free_port, has_redis, redis_server
+from tests.support.head import Head, free_port, redis_server
 from tests.support.waiting import eventually
 
 pytestmark = [
+    NEEDS_REDIS,
     pytest.mark.skipif(WIRE == "ray", reason="without sockets whoever has never called a bird needs the head to find it: README says so"),
     pytest.mark.timeout(600),
 ]
@@ -35,16 +36,6 @@ AWAY = 10.0  # seconds without a head
 PATIENCE = 0.8 * AWAY  # of callers: who waited for the head would fail
 START = 120.0  # Ray starts slowly on a busy machine
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@contextlib.contextmanager
-def redis_or_skip():
-    if not has_redis() and os.environ.get("CI") == "true":
-        pytest.fail(NO_REDIS)
-    if not has_redis():
-        pytest.skip(NO_REDIS)
-    with redis_server() as address:
-        yield address
 
 
 class Headland(Flyground):
@@ -62,7 +53,7 @@ class Headland(Flyground):
 
 @pytest.fixture(scope="module")
 def headland():
-    with redis_or_skip() as address, pytest.MonkeyPatch.context() as patch:
+    with redis_server() as address, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_REDIS_ADDRESS", address)
         ground = Headland(NODES)
         patch.delenv("RAY_REDIS_ADDRESS")
