@@ -184,6 +184,7 @@ class World:
         self.moved_states = 0
         self.fresh_starts = 0
         self.calming = False
+        self.bodies = letters.Bodies()  # of what a nest sends at one time: news goes to all of them, and is pickled once
         rng = self.rng
         self.groups = rng.choice([0.0, 0.03])  # seconds for which letters gather until a busy nest reads them
         self.nodes = [
@@ -262,6 +263,7 @@ class World:
         if nest is None:
             return
         node.held = set(nest.holds.lives)
+        self.bodies = letters.Bodies()
         effects = nest.handle_all(events, self.clock(node))
         self._watch(node, nest)  # first: a verdict and what follows from it may come of one event
         for effect in effects:
@@ -341,7 +343,7 @@ class World:
         to = self.node(effect.to)
         if self.rng.random() < self._loss():
             return
-        (packed,) = letters.pack([(effect.to, effect.envelope)], letters.Bodies())
+        (packed,) = letters.pack([(effect.to, effect.envelope)], self.bodies)
         for _ in range(2 if not self.calming and self.rng.random() < self.mix.double else 1):
             delay = self.rng.expovariate(1 / 0.02) if self.rng.random() < 0.9 else self.rng.uniform(0, 2.0)
             self.at(0.001 + delay, lambda: self._deliver(node, to, effect, packed))
