@@ -100,7 +100,7 @@ class Node:
     nest: Registry | None = None
     life: int = 0
     hosts: dict[tuple[Dot, int], Host] = field(default_factory=dict)
-    exits: dict[Dot, Name] = field(default_factory=dict)
+    exits: dict[Dot, tuple[Name, Life]] = field(default_factory=dict)  # and the latest nest when it left, which may have been dead
     journal: list[bytes] = field(default_factory=list)
     copying: Iterator[bytes] | None = None  # all there is is written anew,
     outdated: int = 0  # and then so many pieces are deleted, the oldest first
@@ -232,7 +232,7 @@ class World:
             ev.Adopted(h.name, h.dot, h.spec, h.code, h.incarnation, h.born, f"h{h.born}", h.restarts, h.crashes, h.running, h.record)
             for h in node.hosts.values()
         ]
-        exits = tuple((name, dot) for dot, name in node.exits.items())
+        exits = tuple((name, dot) for dot, (name, _) in node.exits.items())
         self.log(f"boot {me} adopts {[(str(a.dot), a.incarnation, a.record is not None) for a in adopted]}")
         record = NodeRecord(me, node.cpus, node.resources)
         self.handle(node, ev.Booted(record, tuple(adopted), exits, tuple(node.journal)))
@@ -617,7 +617,7 @@ class World:
             node.ended.add(host.dot)
             self.log(f"exit {host.name} {host.dot} inc {host.born} at {node.id}")
             if host.spec.options.restart != "permanent":
-                node.exits[host.dot] = host.name
+                node.exits[host.dot] = host.name, Life(node.id, node.life)
                 self._note_removal(host.dot, Life(node.id, node.life))
             self.handle(node, wire.LifeExited(host.dot, host.born))
 
@@ -643,8 +643,8 @@ class World:
             self._end_hosts(node)
 
     def _end_hosts(self, node: Node) -> None:
-        for dot in node.exits:
-            self.removed[dot].pop(Life(node.id, node.life), None)  # nobody has been told
+        for dot, (_, life) in node.exits.items():
+            self.removed[dot].pop(life, None)  # nobody has been told
         node.hosts, node.exits = {}, {}
         for _, who in self.must.values():
             who.discard(node.index)

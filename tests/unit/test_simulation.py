@@ -35,3 +35,8 @@ def test_steps_of_one_name_come_to_the_same_end(mix, first, monkeypatch):
     """What is much is adopted and looked at in steps, between which other things happen: here each step is of one name."""
     monkeypatch.setattr(registry, "NAMES_A_STEP", 1)
     assert all(schedule(mix, seed).what_is_wrong() == "" for seed in range(first, first + BATCH))
+
+
+def test_an_exit_that_no_nest_has_heard_of_goes_with_its_host():
+    """Found by seed 11172: a nest died 2 ms after it was booted, and the host gave up. The simulator blamed the core for the bird's return."""
+    schedule("blackout", 11172)
