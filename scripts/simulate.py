@@ -59,7 +59,7 @@ def play(turn: Turn) -> Played:
 
 
 def _collect_seldom() -> None:
-    """A schedule leaves a few thousand objects behind, and makes millions that go by themselves: looking for more took a tenth of the time."""
+    """A schedule makes millions of objects that go by themselves: to look for others all the time took a tenth of it."""
     gc.set_threshold(200_000, 20, 100)
 
 

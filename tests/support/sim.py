@@ -410,8 +410,15 @@ class World:
         if value == kept:
             self.moved_states += 1
             self.must[effect.dot] = (kept, who)  # until it runs: a life that ends before hands it on
-        elif any(frozenset((node.index, j)) not in self.established for j in who):
+        elif any(self._should_know(node, self.nodes[j], effect.dot) for j in who):
             raise Violation(f"I2 {effect.name}: {effect.dot} at {node.id} without the state {kept} released (copies at {sorted(who)})")
+
+    def _should_know(self, node: Node, other: Node, dot: Dot) -> bool:
+        """Would one that hatches have to know of another's copy? Of what a nest has fetched that joined the others in a split it cannot."""
+        if frozenset((node.index, other.index)) in self.established or node.nest is None:
+            return False
+        keeps = any(host.dot == dot and host.record is not None for host in other.hosts.values())
+        return keeps or other.nest is None or other.nest.me in node.nest.membership.view
 
     def _up(self, node: Node, host: Host) -> None:
         if node.hosts.get((host.dot, host.born)) is host and not host.ending:
