@@ -20,7 +20,7 @@ from flock_ray.core.registry import BURST, GATHER, LITTLE, NAMES_A_STEP, Registr
 from flock_ray.core.replica import RECORDS, Replica
 from flock_ray.core.sync import Sync
 from flock_ray.core.wire import LifeBegins, LifeCrashed, LifeEnded, LifeExited, LifeRunning
-from flock_ray.notices import CastLost, NameConflict
+from flock_ray.notices import BirdCrashed, BirdMoved, BirdRestarted, BirdRunning, BirdStarted, BirdStopped, CastLost, NameConflict, Notice
 from flock_ray.specs import Dot, Life, NodeRecord, Options, Spec, Stamp
 
 ME, PEER = Life("a", 1), Life("b", 1)
@@ -97,9 +97,51 @@ def test_casts_to_a_name_that_nobody_knows_are_told_once():
     nest = lone_nest(cpus=1.0)
     for casts in (0, 3):
         effects = nest.handle(ev.Locate(f"request {casts}", "nobody", "running", 1.0, casts=casts), 0.2)
-        told = [effect.notice for effect in effects if isinstance(effect, do.Emit)]
-        assert told == ([CastLost(ME, "nobody", 3)] if casts else [])
+        assert told(effects) == ([CastLost(ME, "nobody", 3)] if casts else [])
         assert [effect.outcome.error for effect in effects if isinstance(effect, do.Reply)] == ["BirdNotFound"]
+
+
+def told(effects: list[do.Effect]) -> list[Notice]:
+    return [effect.notice for effect in effects if isinstance(effect, do.Emit)]
+
+
+def test_each_next_life_in_place_is_told_as_a_restart_and_the_end_as_a_stop():
+    """`restart` ends a life too, but that is not told as a stop."""
+    nest = lone_nest(2.0)
+    kinds = [type(notice) for notice in told(nest.handle(start(1), 1.0))]
+    for request, kind in (("a", "run"), ("b", "crash")):
+        kinds += [type(notice) for notice in told(nest.handle(event_of(nest, kind, 1, request), 1.0))]
+    kinds += [type(notice) for notice in told(nest.handle(ev.Tick(), 2.0))]
+    kinds += [type(notice) for notice in told(nest.handle(event_of(nest, "run", 1, "c"), 2.0))]
+    assert kinds == [BirdStarted, BirdRunning, BirdCrashed, BirdRestarted, BirdRunning]
+    (end,) = [effect for effect in nest.handle(ev.Restart("d", "bird-1"), 3.0) if isinstance(effect, do.EndLife)]
+    effects = nest.handle(LifeEnded(end.dot, end.born), 3.0) + nest.handle(ev.Tick(), 3.0)
+    assert [(type(notice), notice.incarnation) for notice in told(effects)] == [(BirdRestarted, 3)]
+    nest.handle(event_of(nest, "run", 1, "e"), 3.0)
+    (end,) = [effect for effect in nest.handle(ev.Stop("f", "bird-1"), 4.0) if isinstance(effect, do.EndLife)]
+    assert [type(notice) for notice in told(nest.handle(LifeEnded(end.dot, end.born), 4.0))] == [BirdStopped]
+
+
+def test_each_move_is_told_once_by_whoever_hatches_the_next_life():
+    """Also where the node is gone, so that nobody is left there to tell it."""
+    pair, joins = Pair(ME), PEER
+    pair.take(ME, *running(pair.take(ME, *[start(n) for n in range(20)])))
+    pair.nests[joins] = Registry(joins, Config(), lambda: 0.5)
+    pair.take(joins, ev.Booted(NodeRecord(joins, 2.0)))
+    pair.take(ME, ev.MemberAlive(joins))
+    pair.take(joins, ev.MemberAlive(ME))
+    effects = pair.pass_time(3.0)
+    ending = [LifeEnded(effect.dot, effect.born) for effect in effects if isinstance(effect, do.EndLife)]
+    effects += pair.take(ME, *ending) + pair.pass_time(2.0)
+    moved = [(notice.by, notice.name, notice.source) for notice in told(effects) if isinstance(notice, BirdMoved)]
+    there = [(joins, f"bird-{n}", ME.node) for n in range(20) if pair.nests[joins].owns(f"bird-{n}")]
+    assert there
+    assert sorted(moved) == sorted(there)
+    assert not [notice for notice in told(effects) if isinstance(notice, BirdStopped)]
+    pair.take(ME, ev.MemberDead(joins), ev.NodeProbed(joins, "refused"))
+    del pair.nests[joins]
+    back = [(notice.by, notice.name, notice.source) for notice in told(pair.pass_time(3.0)) if isinstance(notice, BirdMoved)]
+    assert sorted(back) == sorted((ME, name, joins.node) for _, name, _ in there)
 
 
 # Many names
