@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -122,28 +123,6 @@ def test_each_next_life_in_place_is_told_as_a_restart_and_the_end_as_a_stop():
     assert [type(notice) for notice in told(nest.handle(LifeEnded(end.dot, end.born), 4.0))] == [BirdStopped]
 
 
-def test_each_move_is_told_once_by_whoever_hatches_the_next_life():
-    """Also where the node is gone, so that nobody is left there to tell it."""
-    pair, joins = Pair(ME), PEER
-    pair.take(ME, *running(pair.take(ME, *[start(n) for n in range(20)])))
-    pair.nests[joins] = Registry(joins, Config(), lambda: 0.5)
-    pair.take(joins, ev.Booted(NodeRecord(joins, 2.0)))
-    pair.take(ME, ev.MemberAlive(joins))
-    pair.take(joins, ev.MemberAlive(ME))
-    effects = pair.pass_time(3.0)
-    ending = [LifeEnded(effect.dot, effect.born) for effect in effects if isinstance(effect, do.EndLife)]
-    effects += pair.take(ME, *ending) + pair.pass_time(2.0)
-    moved = [(notice.by, notice.name, notice.source) for notice in told(effects) if isinstance(notice, BirdMoved)]
-    there = [(joins, f"bird-{n}", ME.node) for n in range(20) if pair.nests[joins].owns(f"bird-{n}")]
-    assert there
-    assert sorted(moved) == sorted(there)
-    assert not [notice for notice in told(effects) if isinstance(notice, BirdStopped)]
-    pair.take(ME, ev.MemberDead(joins), ev.NodeProbed(joins, "refused"))
-    del pair.nests[joins]
-    back = [(notice.by, notice.name, notice.source) for notice in told(pair.pass_time(3.0)) if isinstance(notice, BirdMoved)]
-    assert sorted(back) == sorted((ME, name, joins.node) for _, name, _ in there)
-
-
 # Many names
 
 
@@ -192,6 +171,22 @@ class Pair:
         news = [body for body in self.sent if isinstance(body, msg.News)]
         self.sent.clear()
         return news
+
+
+class Told(Pair):
+    """Keeps all that its nests have wanted done, and so what they have told."""
+
+    def __init__(self, *lives: Life) -> None:
+        self.effects: list[do.Effect] = []
+        super().__init__(*lives)
+
+    def take(self, life: Life, *events: ev.Event) -> list[do.Effect]:
+        effects = super().take(life, *events)
+        self.effects += effects
+        return effects
+
+    def of(self, kind: type[Notice]) -> list[Any]:
+        return [notice for notice in told(self.effects) if isinstance(notice, kind)]
 
 
 def running(effects: list[do.Effect]) -> list[ev.Event]:
@@ -513,17 +508,27 @@ def test_readings_of_birds_that_failed_or_lived_on_a_node_that_is_gone():
 # One name with two specs
 
 
-class Told(Pair):
-    """Keeps what was told of conflicts, and by whom."""
-
-    def __init__(self, *lives: Life) -> None:
-        self.conflicts: list[NameConflict] = []
-        super().__init__(*lives)
-
-    def take(self, life: Life, *events: ev.Event) -> list[do.Effect]:
-        effects = super().take(life, *events)
-        self.conflicts += [effect.notice for effect in effects if isinstance(effect, do.Emit) and isinstance(effect.notice, NameConflict)]
-        return effects
+def test_each_move_is_told_once_by_whoever_hatches_the_next_life():
+    """Also where the node is gone, so that nobody is left there to tell it."""
+    pair, joins = Told(ME), PEER
+    pair.take(ME, *running(pair.take(ME, *[start(n) for n in range(20)])))
+    pair.nests[joins] = Registry(joins, Config(), lambda: 0.5)
+    pair.take(joins, ev.Booted(NodeRecord(joins, 2.0)))
+    pair.take(ME, ev.MemberAlive(joins))
+    pair.take(joins, ev.MemberAlive(ME))
+    pair.pass_time(3.0)
+    pair.take(ME, *[LifeEnded(effect.dot, effect.born) for effect in pair.effects if isinstance(effect, do.EndLife)])
+    pair.pass_time(2.0)
+    there = sorted((joins, f"bird-{n}", ME.node) for n in range(20) if pair.nests[joins].owns(f"bird-{n}"))
+    assert there
+    assert sorted((notice.by, notice.name, notice.source) for notice in pair.of(BirdMoved)) == there
+    assert not pair.of(BirdStopped)
+    pair.effects.clear()
+    del pair.nests[joins]
+    pair.take(ME, ev.MemberDead(joins), ev.NodeProbed(joins, "refused"))
+    pair.pass_time(3.0)
+    back = sorted((notice.by, notice.name, notice.source) for notice in pair.of(BirdMoved))
+    assert back == [(ME, name, joins.node) for _, name, _ in there]
 
 
 @pytest.mark.parametrize("dies", [False, True], ids=["its node lives", "its node dies"])
@@ -552,7 +557,7 @@ def test_a_conflict_is_told_once_though_its_owner_changes_with_the_heal(number, 
         whole.take(life, *[ev.MemberAlive(other) for other in every if other != life])
     whole.pass_time(15.0)
     assert all(len(nest.membership.view) == len(every) for nest in every.values())
-    told, *more = whole.conflicts
+    told, *more = whole.of(NameConflict)
     assert not more
     assert told.winner.life == lives[0]
     assert dies or told.by == lives[0], "by who accepted the winner"
