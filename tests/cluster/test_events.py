@@ -134,10 +134,9 @@ def test_what_is_no_kind_of_notice_is_refused(flyground):
 
 
 def test_nests_that_come_and_go_are_followed_and_each_move_is_told_once(flyground, name):
-    names = [f"{name}/{i}" for i in range(12)]
+    names = [f"{name}/{i}" for i in range(60)]
     with Reading(since=time.time()) as reading:
-        for own in names:
-            flock_ray.start(own, birds.Counter)
+        flock_ray.options(light=True).start_many([(own, birds.Counter) for own in names])
         flock_ray.wait(names, timeout=120)
         before = {info.name: info.node_id for info in flock_ray.birds(prefix=f"{name}/")}
         node = flyground.add()
@@ -149,7 +148,7 @@ def test_nests_that_come_and_go_are_followed_and_each_move_is_told_once(flygroun
             return [notice for notice in reading.seen if isinstance(notice, notices.BirdMoved) and notice.name in names]
 
         there = {own for own, owner in owners(names).items() if owner == node.node_id}
-        assert there, "of twelve names it has some"
+        assert there, "of sixty names it has some"
         eventually(lambda: {notice.name for notice in moved()} == there, f"{there} have moved to it")
         assert [(notice.node_id, notice.source) for notice in moved()] == [(node.node_id, before[notice.name]) for notice in moved()]
         flock_ray.wait(names, timeout=60)
@@ -158,8 +157,7 @@ def test_nests_that_come_and_go_are_followed_and_each_move_is_told_once(flygroun
         eventually(lambda: {notice.name for notice in moved() if notice.source == node.node_id} == there, f"{there} have moved from it")
         assert len(moved()) == 2 * len(there), "each move is told once"
         assert reading.is_in_order()
-    for own in names:
-        flock_ray.stop(own)
+    flock_ray.stop_many(names)
 
 
 def test_who_reads_learns_of_the_end_of_the_flock(flyground):
