@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import ray
 
 import flock_ray
+from flock_ray import notices
 from tests.cluster import birds
 from tests.cluster.conftest import eventually
+from tests.cluster.test_promises import nest_pid
 
 SAMPLE = re.compile(r"^ray_(flock_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 TAG = re.compile(r'(\w+)="([^"]*)"')
@@ -100,7 +104,7 @@ def test_calls_are_counted_and_their_times_are_in_a_histogram_by_path(flyground,
     assert 1e-6 < seconds / count < 5.0
 
 
-def test_moves_suspicions_and_what_nests_send_each_other(flyground, flock_of_twelve):
+def test_moves_and_what_nests_send_each_other(flyground, flock_of_twelve):
     eventually(lambda: all(value > 0 for _, value in scraped()["flock_sync_bytes_total"]), "nests speak", DEADLINE)
     node = flyground.add()
     eventually(lambda: any(nest.node_id == node.node_id and nest.birds for nest in flock_ray.nests()), "the newcomer has birds")
@@ -110,6 +114,20 @@ def test_moves_suspicions_and_what_nests_send_each_other(flyground, flock_of_twe
     eventually(lambda: {nest.node_id for nest in flock_ray.nests()} == others, "it is gone")
     eventually(lambda: sum(total("flock_bird_moves_total", node=other) for other in others) >= 1, "they have moved back", DEADLINE)
     eventually(lambda: total("flock_birds") == len(flock_of_twelve), "each bird is counted once", DEADLINE)
+
+
+def test_a_suspicion_is_counted_by_who_has_it(flyground):
+    here = ray.get_runtime_context().get_node_id()
+    node = next(nest.node_id for nest in flock_ray.nests() if nest.node_id != here)
+    process = psutil.Process(nest_pid(node))
+    suspicions = flock_ray.events(since=time.time(), kinds=notices.NestSuspected)
+    process.suspend()
+    try:
+        suspicion = next(suspicions)
+    finally:
+        process.resume()
+    assert isinstance(suspicion, notices.NestSuspected) and suspicion.life.node == node
+    eventually(lambda: total("flock_nest_suspicions_total", node=suspicion.node_id) >= 1, "it is counted", DEADLINE)
 
 
 def test_a_flock_may_go_without(flyground, name):
