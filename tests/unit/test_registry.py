@@ -531,6 +531,28 @@ def test_each_move_is_told_once_by_whoever_hatches_the_next_life():
     assert back == [(ME, name, joins.node) for _, name, _ in there]
 
 
+def test_each_bird_is_counted_by_one_nest_in_whatever_state_it_is():
+    trio = Pair(ME, PEER, Life("c", 1))
+    nowhere = Options(resources=(("wings", 1.0),))
+    effects = trio.take(ME, *[start(n) for n in range(30)], start(30, nowhere))
+    trio.pass_time(1.0)
+
+    def states():
+        return {life: sum(readings.states(nest), Counter()) for life, nest in trio.nests.items()}
+
+    assert sum(states().values(), Counter()) == Counter(starting=30, pending=1)
+    trio.take(ME, *running(effects))
+    trio.pass_time(1.0)
+    own = {life: sum(nest.owns(f"bird-{n}") for n in range(30)) for life, nest in trio.nests.items()}
+    assert sum(states().values(), Counter()) == Counter(starting=30 - own[ME], running=own[ME], pending=1)
+    assert states()[ME] == Counter(running=own[ME], pending=1), "what fits nowhere is counted by the first of the view"
+    (life, *_) = trio.nests[ME].holds.lives.values()
+    life.crashes = 1_000
+    trio.take(ME, LifeCrashed(life.dot, life.born, "boom"))
+    trio.pass_time(1.0)
+    assert sum(states().values(), Counter()) == Counter(starting=30 - own[ME], running=own[ME] - 1, pending=1, failed=1)
+
+
 @pytest.mark.parametrize("dies", [False, True], ids=["its node lives", "its node dies"])
 @pytest.mark.parametrize("number", range(8))
 def test_a_conflict_is_told_once_though_its_owner_changes_with_the_heal(number, dies):
