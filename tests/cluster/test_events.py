@@ -12,8 +12,8 @@ import pytest
 import flock_ray
 from flock_ray import notices
 from tests.cluster import birds
-from tests.cluster.conftest import eventually
 from tests.cluster.test_promises import owners
+from tests.support.waiting import eventually
 
 
 class Hopeless:

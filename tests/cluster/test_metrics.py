@@ -15,8 +15,8 @@ import ray
 import flock_ray
 from flock_ray import notices
 from tests.cluster import birds
-from tests.cluster.conftest import eventually
 from tests.cluster.test_promises import nest_pid
+from tests.support.waiting import eventually
 
 SAMPLE = re.compile(r"^ray_(flock_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 TAG = re.compile(r'(\w+)="([^"]*)"')
