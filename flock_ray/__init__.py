@@ -24,12 +24,14 @@ if TYPE_CHECKING:
         count,
         defaults,
         destroy,
+        explain,
         info,
         init,
         nests,
         options,
         restart,
         shutdown,
+        stack,
         start,
         start_many,
         stop,
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
     )
     from flock_ray.runtime.inside import Me, Timer, leave, me, send_after, send_every
     from flock_ray.runtime.streams import Stream
-    from flock_ray.specs import BirdInfo, NestInfo
+    from flock_ray.specs import BirdInfo, BirdStack, Candidate, Explanation, NestInfo, Running
 
 __all__ = [
     "Bird",
@@ -61,10 +63,13 @@ __all__ = [
     "BirdExists",
     "BirdInfo",
     "BirdNotFound",
+    "BirdStack",
     "BirdUnavailable",
     "CallCycle",
     "CallTimeout",
+    "Candidate",
     "Config",
+    "Explanation",
     "Flock",
     "FlockError",
     "FlockNotRunning",
@@ -73,6 +78,7 @@ __all__ = [
     "Method",
     "NestInfo",
     "RemoteError",
+    "Running",
     "Stream",
     "Timer",
     "aio",
@@ -87,6 +93,7 @@ __all__ = [
     "count",
     "defaults",
     "destroy",
+    "explain",
     "info",
     "init",
     "leave",
@@ -97,6 +104,7 @@ __all__ = [
     "send_after",
     "send_every",
     "shutdown",
+    "stack",
     "start",
     "start_many",
     "stop",

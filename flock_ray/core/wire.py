@@ -364,6 +364,12 @@ class ReportOrder(NamedTuple):
     """Say what you hold: answered with a `HostReport`."""
 
 
+class StackOrder(NamedTuple):
+    """Say what this bird does: answered with a `BirdStack`, or `None` if its life is not here."""
+
+    dot: Dot
+
+
 # Callers, hosts and nests to nests
 
 
