@@ -36,7 +36,8 @@ from rich.console import Console
 from rich.table import Table
 
 import flock_ray
-from flock_ray.core.notices import NestJoined, NestLeft
+from flock_ray.core.board import UNREAD
+from flock_ray.notices import NestJoined, NestLeft
 from flock_ray.runtime import cluster as ray_cluster
 
 WORKERS = 3  # nodes beside the head's, which stays: without it Ray starts nothing
@@ -157,10 +158,11 @@ class Ground:
 
     def look(self) -> None:
         """Notes which nests have declared which dead."""
+        query = pickle.dumps(("notices", UNREAD, (NestJoined, NestLeft)))
         for node, handle in self._nests().items():
             with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
                 joined: dict[str, int] = {}
-                for notice in pickle.loads(ray.get(handle.read.remote(pickle.dumps(("notices",))), timeout=2)):
+                for notice in pickle.loads(ray.get(handle.read.remote(query), timeout=2)).notices:
                     if isinstance(notice, NestJoined):
                         joined[notice.life.node] = notice.life.number
                     elif (

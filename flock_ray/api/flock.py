@@ -533,6 +533,7 @@ cast_many = _CURRENT.cast_many
 stop_many = _CURRENT.stop_many
 ask_all = _CURRENT.ask_all
 stream = _CURRENT.stream
+events = _CURRENT.events
 stop = _CURRENT.stop
 restart = _CURRENT.restart
 wait = _CURRENT.wait

@@ -15,8 +15,11 @@ from flock_ray.api import starting
 from flock_ray.api.bird import Bird, check_method, check_timeout
 from flock_ray.api.options import methods, resolve, unwrap
 from flock_ray.config import Config
+from flock_ray.core.board import Kinds
 from flock_ray.errors import BirdNotFound, BirdUnavailable, FlockNotRunning
+from flock_ray.notices import Missed, Notice
 from flock_ray.runtime.client import DEFAULT, Client, client_of
+from flock_ray.runtime.feed import Feed
 from flock_ray.runtime.inside import current_flock
 from flock_ray.runtime.pending import FOREVER, Default
 from flock_ray.runtime.streams import Stream
@@ -25,6 +28,7 @@ from flock_ray.specs import BirdInfo, BirdStack, Dot, Explanation, Name, NestInf
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+N = TypeVar("N", bound=Notice)
 
 _STATES = ("pending", "starting", "running", "moving", "restarting", "failed")
 _WAIT_AT_ONCE = 1000  # questions of one `wait` under way: Ray warns at 5,000 calls pending at one actor
@@ -82,6 +86,33 @@ class Requests:
         """
         client, plain, dot, text = self._call_target(name, method)
         return client.stream(plain, dot, text, args, kwargs, timeout if timeout is DEFAULT else check_timeout(timeout), False)
+
+    @overload
+    def events(self, *, follow: bool = ..., since: float = ...) -> Feed[Notice]: ...
+    @overload
+    def events(self, *, follow: bool = ..., since: float = ..., kinds: type[N] | tuple[type[N], ...]) -> Feed[N | Missed]: ...
+    def events(self, *, follow: bool = True, since: float = 0.0, kinds: Kinds = Notice) -> Feed[Any]:
+        """What has happened and happens in the flock: the notices of all nests, also of those that come later.
+
+        Args:
+            follow: `False` ends it where it has come to now; else it waits for more.
+            since: seconds since the epoch: only what was noticed then or later, by the clock of each nest's node. `time.time()`: only what
+                is to come. 0: all that nests still keep.
+            kinds: only these classes of `flock_ray.notices`, and those derived from them; a `Missed` comes in any case.
+
+        Returns:
+            An iterator and async iterator over `flock_ray.notices.Notice`s. `close()`, or dropping it, ends it.
+
+        Raises:
+            FlockNotRunning: Ray is not initialised; while it is read: the flock is not up, or not any more.
+            CallTimeout: while it is read: no nest has answered at first.
+            RuntimeError: while it is read with `for` in an `async def` method of a bird: use `async for`.
+            TypeError: `kinds` are no classes of notices.
+        """
+        wanted = kinds if isinstance(kinds, tuple) else (kinds,)
+        if not all(isinstance(kind, type) and issubclass(kind, Notice) for kind in wanted):
+            raise TypeError(f"kinds must be a class of flock_ray.notices, or a tuple of these, not {kinds!r}")
+        return Feed(client_of(self.name), follow, since, wanted)
 
     def _target(self, name: object) -> tuple[Client, Name, Dot | None]:
         """The client, name and dot that a name or a `Bird` stands for."""

@@ -1,9 +1,9 @@
 """How a command gets to its flock: it joins a Ray cluster that runs, says nothing of Ray's, and starts neither a cluster nor a flock.
 
-    0  fine
-    1  the flock said no, or the bird's method raised
-    2  the command was not given as it has to be
-    3  there is no such cluster, or no such flock on it
+0  fine
+1  the flock said no, or the bird's method raised
+2  the command was not given as it has to be
+3  there is no such cluster, or no such flock on it
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def name_of(text: str) -> Name:
         BadText: it is empty, or begins as a literal does and is none; says how a name is written.
     """
     if not text:
-        raise BadText('a name must not be empty; the empty text itself is written \'""\'')
+        raise BadText("a name must not be empty; the empty text itself is written '\"\"'")
     if not (text.startswith(_LITERAL) or _INT.fullmatch(text)):
         return text
     try:

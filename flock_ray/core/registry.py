@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, get_args
 
+from flock_ray import notices
 from flock_ray.config import Config
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
-from flock_ray.core import journal, notices, wire
+from flock_ray.core import journal, wire
 from flock_ray.core import messages as msg
 from flock_ray.core.arcs import difference, inside
 from flock_ray.core.barrier import Barrier

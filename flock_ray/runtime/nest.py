@@ -16,7 +16,7 @@ import sqlite3
 import sys
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,11 +30,12 @@ from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import journal, letters, readings, wire
 from flock_ray.core import messages as msg
+from flock_ray.core.board import UNREAD, Board, Cursor, Kinds, Page
 from flock_ray.core.connection import ANSWER, NOTE
 from flock_ray.core.explain import explain
 from flock_ray.core.holds import Phase
-from flock_ray.core.notices import ConnectionsRefused, Notice
 from flock_ray.core.registry import Registry
+from flock_ray.notices import ConnectionsRefused, Notice
 from flock_ray.runtime import cluster
 from flock_ray.runtime.hosts import Hosts
 from flock_ray.runtime.journal import Journal, open_journal
@@ -62,8 +63,8 @@ PICKLED = 1_000  # birds in an answer that is pickled in a thread
 WRITTEN = 5_000  # names, after which the garbage collector is told to leave alone what there is
 LIVES = 60.0  # seconds between the notes in the journal that this nest is alive
 LOOK = 1.0  # seconds between looks at the clock, and whether the journal is too long
-NOTICES = 1000  # the latest are kept, for people who ask
 OTHERS = 5.0  # seconds another nest has to answer a question that is passed on to it
+TOGETHER = 0.02  # seconds for which notices are gathered for who waits for them
 SHUTDOWN = 10.0  # seconds that birds have to end when the flock is destroyed
 
 
@@ -102,7 +103,8 @@ class Nest:
         self._ready = asyncio.Event()
         self._ending = False
         self._log_lines = LogLines(logger)
-        self._notices: deque[Notice] = deque(maxlen=NOTICES)
+        self._board: Board | None = None
+        self._news: asyncio.Future[None] = self._loop.create_future()  # of the next notice
         self._frozen = 0  # names that had been written when the garbage collector was last told to leave all alone
         self._share: tuple[int, int] | None = None
         self._share_timer: asyncio.TimerHandle | None = None
@@ -147,6 +149,7 @@ class Nest:
         known = [before, *[a.record.life.number for a in adopted if a.record is not None]]
         number = max(time.time_ns() // 1_000_000, max(known) + 1)
         life = Life(self._node, number)
+        self._board = Board(life)
         self._hosts.begin(life, node.cpus if node is not None else 1)
         self._members = Members(life, self._record.life, self._record.secret, ip, door, self._config, self._handle)
         self._registry = Registry(life, self._config, random.Random().random)
@@ -436,8 +439,11 @@ class Nest:
             take(effect.outcome)
 
     def _do_Emit(self, effect: do.Emit) -> None:
-        self._notices.append(effect.notice)
+        assert self._board is not None  # there is one before there is a registry
+        self._board.add(effect.notice, time.time())
         self._log_lines.tell(effect.notice)
+        if not self._news.done():
+            self._news.set_result(None)
 
     def _note_share(self, registry: Registry) -> None:
         """Tells this nest's share of the load when it changes, as Flock's nodes do."""
@@ -574,6 +580,8 @@ class Nest:
     async def read(self, query: bytes) -> bytes:
         """A pickled question about birds or nests, answered from the replica."""
         kind, *rest = pickle.loads(query)
+        if kind == "notices":
+            return pickle.dumps(await self._noticed(*rest))
         await self._ready.wait()
         registry = self._registry
         assert registry is not None
@@ -598,8 +606,6 @@ class Nest:
             answer = await self._explain(registry, *rest)
         elif kind == "stack":
             answer = await self._stack(registry, *rest)
-        elif kind == "notices":
-            answer = list(self._notices)
         else:
             raise ValueError(f"{kind!r} is no question a nest answers")
         if isinstance(answer, list) and len(answer) > PICKLED:
@@ -633,6 +639,23 @@ class Nest:
             return pickle.loads(await asyncio.wait_for(handle.read.remote(pickle.dumps(query, protocol=5)), OTHERS))
         except (ray.exceptions.RayError, TimeoutError):
             return None
+
+    async def _noticed(self, cursor: Cursor = UNREAD, kinds: Kinds = Notice, since: float = 0.0, seconds: float = 0.0) -> Page:
+        """What is on the board after a cursor; waits so long for something."""
+        await self._booted.wait()
+        board = self._board
+        assert board is not None
+        until = self._loop.time() + seconds
+        while True:
+            page = board.read(cursor, kinds, since)
+            left = until - self._loop.time()
+            if page.notices or page.missed or page.more or left <= 0:
+                return page
+            cursor = page.cursor
+            if self._news.done():
+                self._news = self._loop.create_future()
+            await asyncio.wait({self._news}, timeout=left)
+            await asyncio.sleep(TOGETHER)
 
     async def _stepwise(self, steps: Iterable[T]) -> list[T]:
         """All of them, and between two the loop is left to others."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import logging
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 import flock_ray
+from flock_ray import notices
 from flock_ray.api.options import check
 from flock_ray.config import Config
 from flock_ray.specs import BirdInfo, NestInfo, Options
@@ -219,7 +221,7 @@ def test_every_option_is_in_its_table_with_its_default():
 def test_the_tables_of_the_api_have_every_public_name_and_no_other():
     functions = {name for row in rows(section("API")) for name in re.findall(r"^`(\w+)\(", row[0])}
     errors = {name for row in rows(section("Errors")) for name in re.findall(r"^`(\w+)`", row[0])}
-    values = {"Bird", "BirdInfo", "Config", "Flock", "FlockError", "Me", "Method", "NestInfo", "Stream", "Timer", "aio"}
+    values = {"Bird", "BirdInfo", "Config", "Feed", "Flock", "FlockError", "Me", "Method", "NestInfo", "Stream", "Timer", "aio", "notices"}
     assert all(f"`{name}" in README or f"`flock_ray.{name}" in README for name in values)
     assert functions | errors | values == set(flock_ray.__all__)
 
@@ -240,6 +242,21 @@ def test_the_signatures_in_the_api_tables_are_the_functions_own():
 @pytest.mark.parametrize("kind", [BirdInfo, NestInfo])
 def test_every_field_of_an_info_is_named(kind):
     assert all(f"`{field.name}`" in section("API") for field in fields(kind))
+
+
+def test_every_notice_is_in_its_table_with_its_level_and_fields():
+    table = {name: row for row in rows(section("API")) for name in re.findall(r"`(\w+)`", row[0])}
+    kinds = [
+        kind for kind in vars(notices).values() if isinstance(kind, type) and issubclass(kind, notices.Notice) and not kind.__subclasses__()
+    ]
+    common = {field.name for base in (notices.Notice, notices.BirdNotice, notices.NestNotice) for field in fields(base)}
+    assert {"BirdCrashed", "NestLeft", "Missed"} < {kind.__name__ for kind in kinds}
+    assert all(f"`{name}`" in section("API") for name in common)
+    for kind in kinds:
+        named, level, text = table[kind.__name__]
+        levels = dict(zip(re.findall(r"`(\w+)`", named), level.split(", "), strict=True))
+        assert levels[kind.__name__] == logging.getLevelName(kind.level).lower()
+        assert all(f"`{field.name}`" in text for field in fields(kind) if field.name not in common), kind
 
 
 @pytest.mark.parametrize("text", [README, INTERNALS], ids=["README", "INTERNALS"])

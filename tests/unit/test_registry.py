@@ -16,11 +16,11 @@ from flock_ray.core import journal, letters, readings
 from flock_ray.core import messages as msg
 from flock_ray.core.aworset import Hashes
 from flock_ray.core.holds import BirdLife, Phase
-from flock_ray.core.notices import CastLost, NameConflict
 from flock_ray.core.registry import BURST, GATHER, LITTLE, NAMES_A_STEP, Registry
 from flock_ray.core.replica import RECORDS, Replica
 from flock_ray.core.sync import Sync
 from flock_ray.core.wire import LifeBegins, LifeCrashed, LifeEnded, LifeExited, LifeRunning
+from flock_ray.notices import CastLost, NameConflict
 from flock_ray.specs import Dot, Life, NodeRecord, Options, Spec, Stamp
 
 ME, PEER = Life("a", 1), Life("b", 1)
