@@ -13,8 +13,12 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from flock_ray.errors import FlockNotRunning
+
+if TYPE_CHECKING:
+    from flock_ray.api.flock import Flock
 
 FINE, REFUSED, USAGE, NOT_THERE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -67,6 +71,14 @@ def _silence() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+def ask(flock: Flock, *query: object) -> Any:
+    """A question to the nest of this node (`Nest.read`)."""
+    from flock_ray.runtime.client import client_of
+
+    client = client_of(flock.name)
+    return client.courier.run(client.asks.read(*query))
 
 
 def check_flock(name: str) -> None:

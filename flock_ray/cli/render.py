@@ -1,7 +1,7 @@
-"""How answers look: on a terminal fitted to its width, in a pipe one line a row with tabs, with `--json` as JSON.
+"""How answers look: on a terminal fitted to its width, in a pipe a line a row with tabs, or as JSON.
 
-Rules kept here: a name is never cut, for it is to be copied; the last column of a table is cut where a terminal is too narrow, nothing is in
-a pipe; what goes to a pipe has no colours, and no text of a bird's can break its lines.
+Rules kept here: a name is never cut, for it is to be copied; the last column of a table is cut where a terminal is too narrow, in a pipe
+nothing is; what goes to a pipe has no colours, and no text of a bird's can break its lines.
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ class Facts:
     facts: Sequence[tuple[str, str]]
 
 
-View = Table | Facts | str
+@dataclass(frozen=True)
+class Line:
+    """One row of many that come one by one: its cells in a pipe, and what people get to see of it."""
+
+    cells: tuple[str, ...]
+    brief: str
+
+
+View = Table | Facts | Line | str
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ def lines_of(view: View, width: int | None) -> list[str]:
     """
     if isinstance(view, Table):
         return _piped(view) if width is None else _aligned(view, width)
+    if isinstance(view, Line):
+        return [view.brief if width is not None else "\t".join(view.cells)]
     if isinstance(view, Facts):
         return list(_facts(view, width))
     return view.splitlines()
@@ -107,8 +117,11 @@ def show(answer: Answer, console: Console, as_json: bool) -> None:
     width = console.width if console.is_terminal else None
     for view in answer.view:
         for number, line in enumerate(lines_of(view, width)):
-            title = number == 0 and isinstance(view, Table)
-            console.print(_styled(line, title) if width is not None else Text(line), soft_wrap=True)
+            if width is None:
+                console.file.write(line + "\n")  # rich would make spaces of the tabs
+            else:
+                console.print(_styled(line, number == 0 and isinstance(view, Table)), soft_wrap=True)
+    console.file.flush()
 
 
 def _styled(line: str, title: bool) -> Text:

@@ -422,6 +422,14 @@ class HostUp(NamedTuple):
     pid: int
 
 
+class Ran(NamedTuple):
+    """How many methods a host has run since it began, and how many of them have raised."""
+
+    host: str
+    ran: int
+    raised: int
+
+
 class LifeBegins(NamedTuple):
     """The `__init__` of a bird with a `start_timeout` begins. One with a process of its own is given that time from its order on."""
 

@@ -43,6 +43,7 @@ from flock_ray.core.wire import (
     LeaveOrder,
     LifeEnded,
     RaiseOrder,
+    Ran,
     Refused,
     ReportOrder,
     StackOrder,
@@ -132,6 +133,8 @@ class Host:
         self.state_lock: Lock = threading.RLock()
         self.readings = Readings()
         self.under_way: set[Inside] = set()
+        self.ran = self.raised = 0  # methods; of several threads that count at once one may go missing
+        self._told = Ran(boot.host, 0, 0)
         self._classes: weakref.WeakValueDictionary[str, Loaded] = weakref.WeakValueDictionary()  # by digest, while a life is of them
         self._loading = threading.Lock()
         self._lock = threading.Lock()
@@ -151,7 +154,7 @@ class Host:
         self.says(HostUp(self.host, self.pid))
         self._reporter.start()
         self._tether.start()
-        Pulse(link, self._tether, boot.nest_grace).start()
+        Pulse(link, self._tether, boot.nest_grace, self._tell_ran).start()
 
     # What nests order
 
@@ -350,6 +353,12 @@ class Host:
 
     def says(self, word: object) -> None:
         self._reporter.say(word)
+
+    def _tell_ran(self) -> None:
+        ran = Ran(self.host, self.ran, self.raised)
+        if ran != self._told:
+            self._told = ran
+            self.says(ran)
 
     def over(self, life: HostedLife) -> None:
         """A life has ended: the process follows, unless something is kept here that a nest must fetch or acknowledge."""

@@ -82,6 +82,7 @@ class Hosts:
         self._expected: set[str] = set()
         self._reported = asyncio.Event()
         self.adopting = True
+        self.ran = self.raised = 0  # methods that hosts have run and that have raised, in this life of the nest
 
     def begin(self, life: Life, cpus: float) -> None:
         """This is the nest's life, on a node with so many CPUs."""
@@ -239,6 +240,14 @@ class Hosts:
         if events:
             self._tell(*events)
 
+    def _note_ran(self, word: wire.Ran) -> None:
+        """Of a host that an earlier life of the nest has started, the first word only says where it stands."""
+        process = self._processes.get(word.host)
+        if process is not None:
+            before, process.ran = process.ran or word, word
+            self.ran += word.ran - before.ran
+            self.raised += word.raised - before.raised
+
     def _take(self, word: object) -> ev.Event | None:
         """Takes one word, and says what of it is an event. Unknown hosts are of nobody's making any more, and are ended."""
         if isinstance(word, wire.HostUp):
@@ -253,6 +262,8 @@ class Hosts:
                 self._reported.set()
             elif not self.adopting and self._processes.get(word.host) is None:
                 end_unknown(word.pid)
+        elif isinstance(word, wire.Ran):
+            self._note_ran(word)
         elif isinstance(word, wire.Refused):
             self._refused(word.host, word.why, word.times)
         elif isinstance(word, wire.LifeBegins | wire.LifeRunning):

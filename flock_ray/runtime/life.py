@@ -85,6 +85,8 @@ class Surroundings(Protocol):
     scheduler: Scheduler
     readings: Readings
     under_way: set[Inside]  # what runs
+    ran: int  # methods, so far
+    raised: int  # of these, those that have raised
     state_lock: Lock  # guards changes of a life's state
 
     def loaded(self, order: HatchOrder) -> Loaded:
@@ -331,6 +333,7 @@ class HostedLife:
         if isinstance(error, Leave):
             self._leave(error.reason)
             return self._result(head, error.reply)
+        self._host.raised += 1
         text = describe(error)
         if head.cast:
             log.error("bird %r: %s, which was cast, raised:\n%s", self.name, head.method, text)

@@ -101,6 +101,7 @@ class AsyncLife(HostedLife):
         arguments = self._arguments(head, body, extra)
         if isinstance(arguments, bytes):
             return arguments
+        self._host.ran += 1
         task = asyncio.current_task()
         key = (head.caller, order)
         try:

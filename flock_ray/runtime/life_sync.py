@@ -79,6 +79,7 @@ class TurnLife(HostedLife):
         if isinstance(arguments, bytes):
             return arguments
         args, kwargs = arguments
+        self._host.ran += 1
         inside = Inside(self, (*head.chain, self._link), method=head.method)
         inside.begin(self._host.under_way)
         try:

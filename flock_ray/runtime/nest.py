@@ -594,7 +594,9 @@ class Nest:
         elif kind == "count":
             answer = len(registry.replica)
         elif kind == "nests":
-            answer = readings.nests(registry, sum(await self._stepwise(readings.held(registry)), Counter()))
+            answer = readings.nests(registry, await self._tally(registry))
+        elif kind == "tally":
+            answer = await self._tally(registry)
         elif kind == "alone":
             answer = registry.membership.whole == {self._node}
         elif kind == "covers":
@@ -602,6 +604,8 @@ class Nest:
         elif kind == "ring":
             ring, members = registry.membership.placement.ring, self._members
             answer = tuple(ring.weights.items()), {node: members.door(node) for node in ring.weights} if members is not None else {}
+        elif kind == "ran":
+            answer = await self._ran(registry, *rest)
         elif kind == "explain":
             answer = await self._explain(registry, *rest)
         elif kind == "stack":
@@ -611,6 +615,17 @@ class Nest:
         if isinstance(answer, list) and len(answer) > PICKLED:
             return await asyncio.to_thread(pickle.dumps, answer)  # a second for 100,000 birds: a thread leaves the loop its turns
         return pickle.dumps(answer)
+
+    async def _tally(self, registry: Registry) -> readings.Tally:
+        return sum(await self._stepwise(readings.tally(registry)), Counter())
+
+    async def _ran(self, registry: Registry, passed_on: bool = False) -> dict[str, tuple[int, int]]:
+        """How many methods have run on each node since its nest began, and how many have raised; of nodes whose nests answer."""
+        mine = {self._node: (self._hosts.ran, self._hosts.raised)}
+        others = [life.node for life in registry.membership.view if life.node != self._node and not passed_on]
+        for said in await asyncio.gather(*(self._another(node, "ran", True) for node in others)):
+            mine.update(said or {})
+        return mine
 
     async def _explain(self, registry: Registry, name: Name, passed_on: bool = False) -> Explanation | None:
         """By the owner, if it can be asked: it knows whom it waits for."""
