@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from flock_ray.api.flock import Flock
     from flock_ray.specs import NestInfo
 
-BAR = 20  # columns
+BAR = 12  # columns
 WATCHED = {BirdMoved: "moves", BirdRestarted: "restarts", BirdCrashed: "crashes", BirdFailed: "failed"}
 
 

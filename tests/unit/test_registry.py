@@ -455,6 +455,8 @@ def test_readings_of_birds_that_failed_or_lived_on_a_node_that_is_gone():
     hatch = next(effect for effect in trio.take(ME, start(mine)) if isinstance(effect, do.Hatch))
     trio.take(ME, LifeRunning(hatch.dot, hatch.born, "host"))
     trio.pass_time(1.0)
+    (found,) = [bird for birds in readings.birds(nest, None, ME.node, None, "birds.Bird") for bird in birds]
+    assert (found.name, found.class_name, found.path) == (f"bird-{mine}", "birds.Bird", None)
     assert sum(readings.tally(nest), Counter()) == {(ME.node, "running"): 1, ("c", "running"): 1}
     assert readings.is_expected(nest, f"bird-{theirs}") and readings.is_expected(nest, f"bird-{mine}")
     assert not readings.is_expected(nest, "nobody")
