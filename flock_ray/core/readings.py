@@ -131,4 +131,4 @@ def _info(nest: Registry, name: Name, record: Record) -> BirdInfo:
     if state == "pending" and owner is None:
         reason, node = placement.reason(name), None
     incarnation, restarts, error = (status.incarnation, status.restarts, status.error) if status else (0, 0, "")
-    return BirdInfo(name, node, state, incarnation, restarts, error, reason, spec.options.light, spec.class_name)
+    return BirdInfo(name, node, state, incarnation, restarts, error, reason, spec.options.light, class_name=spec.class_name)

@@ -16,16 +16,12 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from ray.actor import ActorHandle
 
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import wire
 from flock_ray.runtime.cluster import FlockLife
-from flock_ray.runtime.processes import LIGHT, InThread, Kind, Process, Processes, end_unknown
-from flock_ray.runtime.recorder import suspects
+from flock_ray.runtime.processes import LIGHT, Kind, Process, Processes, end_unknown
 from flock_ray.runtime.tether import started
 from flock_ray.specs import Dot, Life, Name, Options
 
@@ -51,7 +47,7 @@ class Hosts:
     """All lives that a nest has in processes.
 
     Args:
-        in_thread: runs a blocking function of `cluster` in the nest's thread for it.
+        processes: makes those it will have, given what to tell of one that is gone.
         tell: takes the events of lives.
         refused: takes which host turned connections away, why, and how many.
     """
@@ -59,16 +55,14 @@ class Hosts:
     def __init__(
         self,
         record: FlockLife,
-        node: str,
-        nest: ActorHandle[Any],
-        in_thread: InThread,
+        processes: Callable[[Callable[[Process, str], object]], Processes],
         tell: Callable[..., None],
         refused: Callable[[str, str, int], object],
     ) -> None:
         self._record = record
         self._tell = tell
         self._refused = refused
-        self._processes = Processes(record, node, nest, in_thread, self._ended)
+        self._processes = processes(self._ended)
         self._directory = self._processes.directory
         self._lives: dict[tuple[Dot, int], Held] = {}
         self._kept: dict[Dot, list[Held]] = {}  # those that are over
@@ -285,7 +279,7 @@ class Hosts:
     def _ended(self, process: Process, why: str) -> None:
         """A process is gone, with all it held."""
         shared = process.kind.light and process.ready  # one that never came up is what these birds have asked for
-        guilty = suspects(self._directory, process.pid) if shared else frozenset()
+        guilty = self._processes.suspects(process) if shared else frozenset()
         pause = self._pause_after_death() if shared and not process.condemned else 0.0
         events: list[ev.Event] = []
         for held in [held for held in self._lives.values() if held.process is process]:

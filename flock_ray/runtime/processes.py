@@ -28,7 +28,7 @@ from flock_ray.runtime.cluster import FlockLife
 from flock_ray.runtime.host import HostBoot
 from flock_ray.runtime.listener import socket_path
 from flock_ray.runtime.peers import Wires
-from flock_ray.runtime.recorder import recorder_path
+from flock_ray.runtime.recorder import recorder_path, suspects
 from flock_ray.runtime.tether import pid_path
 from flock_ray.specs import Life, Options, Spec
 
@@ -90,13 +90,16 @@ class Processes:
         self._nest = nest
         self._in_thread = in_thread
         self._ended = ended
-        self._wires = Wires(record.secret, record.life, None, self._order_by_ray)
-        self.directory = cluster.session_directory(record.life)
         self._by_host: dict[str, Process] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._keeps_spares = record.config.spares > 0
         self._spares: dict[Kind, list[Process]] = {}  # by what birds were like lately, the latest last
         self.life: Life | None = None  # of the nest, once it has one
+        self._open()
+
+    def _open(self) -> None:
+        self._wires = Wires(self._record.secret, self._record.life, None, self._order_by_ray)
+        self.directory = cluster.session_directory(self._record.life)
 
     def get(self, host: str) -> Process | None:
         return self._by_host.get(host)
@@ -281,7 +284,6 @@ class Processes:
     def _gone(self, process: Process, text: str) -> None:
         if self._by_host.pop(process.host, None) is None:
             return
-        self._wires.drop(process.host)
         if process.pidfd >= 0:
             asyncio.get_running_loop().remove_reader(process.pidfd)
             os.close(process.pidfd)
@@ -291,6 +293,14 @@ class Processes:
             spares.remove(process)
             asyncio.get_running_loop().call_later(REFILL, self._fill, process.kind)
         self._ended(process, process.killed_for or text)
+        self._drop_traces(process)
+
+    def suspects(self, process: Process) -> frozenset[tuple[int, int]]:
+        """The birds whose code ran in a process when it ended, as (counter of the dot, number of its nest's life)."""
+        return suspects(self.directory, process.pid)
+
+    def _drop_traces(self, process: Process) -> None:
+        self._wires.drop(process.host)
         if process.pid:
             for path in (socket_path, recorder_path, pid_path):
                 path(self.directory, process.pid).unlink(missing_ok=True)
