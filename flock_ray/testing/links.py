@@ -306,7 +306,8 @@ class LocalCourier(Courier):
         self._loop: VirtualLoop = loop
 
     def post(self, what: Callable[..., object], *args: Any) -> None:
-        self._loop.call_soon(what, *args)
+        if not self._loop.is_closed():  # else it is of a stream that has outlived its flock
+            self._loop.call_soon(what, *args)
 
     def post_later(self, what: Callable[..., object], *args: Any) -> None:
         self._loop.call_later(ROUND, what, *args)

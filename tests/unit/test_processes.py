@@ -119,7 +119,7 @@ def test_a_life_whose_process_ray_was_not_asked_for_yet_ends_at_once(record, mon
                 return SimpleNamespace(hatch=SimpleNamespace(remote=asked.append))
             return killed.append(work)
 
-        nest = hosts.Hosts(record, "a", None, in_thread, lambda *events: told.extend(events), None)
+        nest = hosts.Hosts(record, partial(Processes, record, "a", None, in_thread), lambda *events: told.extend(events), None)
         one = order(1)
         own = one.spec._replace(options=Options())
         nest.hatch(do.Hatch(one.name, one.dot, one.born, own, one.code, 0, 0, None, False))

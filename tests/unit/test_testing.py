@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import gc
 import inspect
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -667,6 +669,40 @@ def test_after_it_all_is_as_before():
     assert threading.active_count() == threads
     with pytest.raises(flock_ray.FlockNotRunning, match="Ray is not initialised"):
         flock_ray.call("a", "inc")
+
+
+def test_what_outlives_its_flock_does_no_harm():
+    with Flock(nodes=1) as flock:
+        stream = flock.start("a", Counter).items.stream(100)
+        assert next(stream) == 0
+        future = flock.start("slow", Async).nap.future(5)
+    del stream
+    gc.collect()
+    with pytest.raises(RuntimeError):
+        future.result()
+    with pytest.raises(RuntimeError, match="is not open"):
+        flock.advance(1)
+
+
+def test_a_test_that_is_interrupted_leaves_nothing_behind():
+    """As by Ctrl-C, or by a time limit for tests."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    threads = threading.active_count()
+    try:
+        with pytest.raises(KeyboardInterrupt), Flock() as flock:
+            flock.start("a", Clock)
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            flock.advance(1e9)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert threading.active_count() <= threads + 1  # a strand may wait for a turn that does not come
+    with Flock() as flock:
+        assert flock.start("a", Counter).inc() == 1
 
 
 SCENARIO = """
