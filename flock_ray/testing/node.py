@@ -99,7 +99,10 @@ class Node:
 
 
 class Pinned(Placement):
-    """The placement of a view, but for birds that the test has moved: these are owned by the nodes it said, while those are there."""
+    """The placement of a view, but for names that the test has moved: these are owned by the nodes it said, while those are there.
+
+    Whether there is such a bird does not matter: all nests of a view have to say the same, also those that have not heard of it.
+    """
 
     def __init__(self, pins: Mapping[Name, str], replica: Replica, lives: frozenset[Life]) -> None:
         self._pins = pins
@@ -108,7 +111,7 @@ class Pinned(Placement):
     def table(self) -> Mapping[Name, str | None]:
         if self._version != self._replica.version:
             super().table()
-            self._table.update((name, node) for name, node in self._pins.items() if node in self.by_node and self._replica.winner(name))
+            self._table.update((name, node if node in self.by_node else self.ring.owner(name)) for name, node in self._pins.items())
         return self._table
 
 
