@@ -126,7 +126,9 @@ class Flock(api.Flock):
         self.advance(TOLD)
 
     def move(self, name: Name | Bird[Any], to: str) -> None:
-        """Moves a bird to a node, with `hand_over` and `take_over`, and returns when it runs there. Its name belongs there while the node is up.
+        """Moves a bird to a node, with `hand_over` and `take_over`, and returns when it runs there.
+
+        Its name belongs there from then on, while the node is up, also if it is stopped and started again.
 
         Args:
             to: the node's id.

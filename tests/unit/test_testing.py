@@ -8,6 +8,7 @@ import gc
 import inspect
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -294,6 +295,69 @@ def test_both_sides_of_a_split_have_the_bird_and_one_is_left(flock):
     flock.heal()
     wait_until(flock, lambda: len(flock.lives("m")) == 1)
     assert flock.call("m", "node") == flock.where("m")
+
+
+def test_a_moved_bird_is_found_again_when_its_node_dies(flock):
+    """Its name left the core's table then, and nobody looked at it; and nests that had not heard of the bird asked each other for ever."""
+    one, two, three = flock.nodes
+    bird = flock.start("m", Mover)
+    for node in (two, three):
+        flock.move(bird, to=node)
+    flock.stop(bird)
+    flock.wait(bird, "gone")
+    flock.start("m", Mover)
+    assert flock.call("m", "node") == three
+    flock.kill_node(three)
+    assert flock.call("m", "node") in (one, two)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_happens_every_bird_runs_once_in_the_end(seed):
+    rng = random.Random(seed)
+    with Flock(nodes=rng.randint(2, 4), seed=seed) as flock:
+        for number in range(50):
+            names = range(number)
+            try:
+                _happen(flock, rng, number, rng.choice(names) if names else 0)
+            except (flock_ray.FlockError, AttributeError, ValueError):
+                continue  # what is asked for is often impossible
+        flock.heal()
+        flock.advance(30)
+        for bird in flock.birds():
+            flock.wait(bird.name)
+            assert flock.lives(bird.name) == [(flock.where(bird.name), "running")]
+        assert flock.count() > 1
+
+
+def _happen(flock, rng, number, name):
+    nodes = flock.nodes
+    rng.shuffle(nodes)
+    what = rng.choice(["start", "start", "call", "call", "cast", "crash", "split", "heal", "kill", "add", "move", "advance", "ask", "many"])
+    if what == "start" or number < 8:
+        flock.options(light=rng.random() < 0.5, max_restarts=50).start(number, rng.choice([Counter, Mover, Caller, Async, Clock]))
+    elif what == "call":
+        flock.call(name, rng.choice(["inc", "look", "seen"]), timeout=rng.choice([1, 5]))
+    elif what == "cast":
+        flock.cast(name, "inc")
+    elif what == "crash":
+        flock.crash(name)
+    elif what == "split":
+        flock.split(nodes[: rng.randint(0, len(nodes))])
+    elif what == "heal":
+        flock.heal()
+    elif what == "kill":
+        flock.kill_node(nodes[0])
+    elif what == "add" and len(nodes) < 5:
+        flock.add_node()
+    elif what == "move" and flock.alive(name) and flock.lives(name):
+        flock.heal()
+        flock.move(name, to=nodes[0])
+    elif what == "ask":
+        flock.call(name, "ask", rng.randrange(number), "inc", timeout=5)
+    elif what == "many":
+        flock.call_many([(n, "inc") for n in range(number)], timeout=2, return_exceptions=True)
+    else:
+        flock.advance(rng.choice([0, 0.1, 1, 10]))
 
 
 # Birds among themselves
