@@ -195,6 +195,7 @@ class Registry:
                 self.notice(notices.JournalUnreadable(self.me, str(error)))
             yield
         before.end()
+        self.replica.keep_nodes(before.view)  # from a journal the long dead would come back again and again, as if new (S2)
         self._written_view = before.view
         self.replica.learn([event.node])
         for name, dot in event.exits:
