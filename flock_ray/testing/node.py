@@ -125,6 +125,8 @@ class SteadyRegistry(Registry):
 class LocalNest(Nest):
     """A nest whose network is simulated, and whose hosts are objects."""
 
+    look = 3600.0  # its clock never jumps, so it need not look at it
+
     def __init__(self, node: Node, record: FlockLife, me: Life) -> None:
         self._place, self._life = node, me
         self.heard: set[Life] = set()  # by its failure detector

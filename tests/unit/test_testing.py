@@ -610,6 +610,7 @@ def test_handles_are_picklable_and_stay_of_the_flock(flock):
     assert pickle.loads(pickle.dumps(flock)) == flock_ray.Flock("default")
 
 
+@pytest.mark.flock(nodes=1)
 def test_coroutines_of_the_test_run_in_virtual_time(flock):
     async def main():
         bird = await flock_ray.aio.start("a", Async)
@@ -622,6 +623,8 @@ def test_coroutines_of_the_test_run_in_virtual_time(flock):
 
     assert flock.run(main()) == (10, "slept")
     assert 13 <= flock.now < 14
+    flock.run(asyncio.sleep(100_000))
+    assert flock.now > 100_000
 
 
 def test_a_loop_of_the_tests_own_waits_in_virtual_time(flock):
@@ -652,6 +655,7 @@ def test_a_batch_in_a_coroutine_of_a_bird(flock):
 # What it cannot do
 
 
+@pytest.mark.flock(nodes=1)
 def test_what_it_does_not_have_says_so(flock):
     flock.start("a", Counter)
     bird = flock.start("async", Async)
@@ -676,7 +680,7 @@ def test_what_it_does_not_have_says_so(flock):
     thread.join()
     assert "one thread run at a time" in raised[0]
     with pytest.raises(RuntimeError, match="does not come"):
-        bird.nap.options(timeout=None)(10_000)
+        bird.nap.options(timeout=None)(100_000)
 
 
 def test_wrong_orders_say_what_is_wrong(flock):
