@@ -130,6 +130,8 @@ class LocalNest(Nest):
     def __init__(self, node: Node, record: FlockLife, me: Life) -> None:
         self._place, self._life = node, me
         self.heard: set[Life] = set()  # by its failure detector
+        self.asked: dict[asyncio.Task[bytes], None] = {}  # requests that are not answered
+        self.is_dead = False
         super().__init__(pickle.dumps(record), node.id)
 
     def _enter(self) -> None:
@@ -169,7 +171,9 @@ class LocalNest(Nest):
 
     def die(self) -> None:
         """Ends it at once, with all processes."""
-        self._ending = True
+        self._ending = self.is_dead = True
+        for task in tuple(self.asked):
+            task.cancel()
         self.processes.die()
         self._stop_tasks()
 

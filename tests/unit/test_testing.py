@@ -360,6 +360,21 @@ def _happen(flock, rng, number, name):
         flock.advance(rng.choice([0, 0.1, 1, 10]))
 
 
+@pytest.mark.flock(nodes=2, context_horizon=100.0)
+def test_a_side_that_was_away_for_too_long_joins_as_new(flock):
+    one, two = flock.nodes
+    flock.start("a", Counter)
+    flock.advance(1)
+    flock.split([one], [two])
+    flock.advance(80)
+    assert len(flock.lives("a")) == 2
+    flock.heal()
+    flock.advance(30)
+    assert sorted(nest.node_id for nest in flock.nests()) == [one, two]
+    assert len(flock.lives("a")) == 1
+    assert {nest.address[-1] for nest in flock.nests()} == {"1", "2"}, "one of the two has another life"
+
+
 # Birds among themselves
 
 
