@@ -78,6 +78,8 @@ class Nest:
         node: the id of the node it is pinned to.
     """
 
+    look = LOOK
+
     def __init__(self, record: bytes, node: str) -> None:
         self._record: cluster.FlockLife = pickle.loads(record)
         self._node = node
@@ -332,7 +334,7 @@ class Nest:
         if self._wake is not None:
             self._wake.cancel()
         delay = registry.wake_at() - self._clock()
-        self._wake = self._loop.call_later(min(max(delay, 0.0), LOOK), self._tick)
+        self._wake = self._loop.call_later(min(max(delay, 0.0), self.look), self._tick)
 
     def _look_at_the_clock(self, registry: Registry | None) -> None:
         """A nest that was stopped (SIGSTOP, suspend) for so long that others may have its birds now asks them, as a next life does (M5)."""

@@ -108,7 +108,7 @@ class Flock(api.Flock):
 
     def run(self, work: Coroutine[Any, Any, R]) -> R:
         """Runs a coroutine in virtual time, as `asyncio.run` does in real time: `asyncio.sleep` takes no time."""
-        return self._open.loop.wait_for(work)  # type: ignore[no-any-return]  # what the coroutine returns
+        return self._open.loop.wait_for(work, None)  # type: ignore[no-any-return]  # what the coroutine returns
 
     # What happens to birds
 

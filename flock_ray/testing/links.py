@@ -231,9 +231,15 @@ class LocalNestLink:
 
     def _answered(self, work: Coroutine[Any, Any, bytes]) -> LocalReply:
         reply = LocalReply(self._loop)
+        if self._nest.is_dead:
+            work.close()
+            reply.set(Down("its nest has ended", ran=False))
+            return reply
         task = self._loop.create_task(work, context=contextvars.Context())
+        self._nest.asked[task] = None
 
         def done(task: asyncio.Task[bytes]) -> None:
+            self._nest.asked.pop(task, None)
             error = None if task.cancelled() else task.exception()
             if task.cancelled() or error is not None:
                 reply.set(Down(f"its nest has ended ({error})", ran=True))

@@ -127,9 +127,13 @@ class SteadyRegistry(Registry):
 class LocalNest(Nest):
     """A nest whose network is simulated, and whose hosts are objects."""
 
+    look = 3600.0  # its clock never jumps, so it need not look at it
+
     def __init__(self, node: Node, record: FlockLife, me: Life) -> None:
         self._place, self._life = node, me
         self.heard: set[Life] = set()  # by its failure detector
+        self.asked: dict[asyncio.Task[bytes], None] = {}  # requests that are not answered
+        self.is_dead = False
         super().__init__(pickle.dumps(record), node.id)
 
     def _enter(self) -> None:
@@ -170,7 +174,9 @@ class LocalNest(Nest):
 
     def die(self) -> None:
         """Ends it at once, with all processes."""
-        self._ending = True
+        self._ending = self.is_dead = True
+        for task in tuple(self.asked):
+            task.cancel()
         self.processes.die()
         self._stop_tasks()
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any, NoReturn, Protocol
 
-HOUR = 3600.0  # virtual seconds for which a test may wait for what has no timeout of its own
+LONGEST = 86_400.0  # virtual seconds for which a test may wait for what has no timeout: a day takes some seconds
 UNWINDING = 60.0  # virtual seconds that a coroutine of the test's has to end when it is cancelled
 PATIENCE = 10.0  # real seconds for the loop's thread to end
 
@@ -220,8 +220,14 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Lets time pass, on a strand."""
         self.wait(lambda _: None, seconds)
 
-    def wait(self, register: Callable[[Callable[[], object]], object], seconds: float | None = None) -> bool:
+    def wait(
+        self, register: Callable[[Callable[[], object]], object], seconds: float | None = None, longest: float | None = LONGEST
+    ) -> bool:
         """Waits on a strand, until what `register` is given is called, or time is over.
+
+        Args:
+            seconds: `None` if there is no timeout.
+            longest: then the test is told, after so long, that it waits in vain; `None`: never.
 
         Returns:
             False if time is over.
@@ -242,8 +248,11 @@ class VirtualLoop(asyncio.BaseEventLoop):
         drives = strand is self._driver
         if drives:
             self._rouse = partial(wake, None)
-        until = partial(wake, None if seconds is None else False)
-        timer = self.call_later(HOUR if seconds is None else seconds, until) if drives or seconds is not None else None
+        timer = None
+        if seconds is not None:
+            timer = self.call_later(seconds, wake, False)
+        elif drives and longest is not None:
+            timer = self.call_later(longest, wake, None)
         register(partial(wake, True))
         try:
             strand.pause()
@@ -257,17 +266,17 @@ class VirtualLoop(asyncio.BaseEventLoop):
             failures, self._failures = self._failures, []
             raise failures[0]
         if woken[0] is None:
-            raise RuntimeError(f"the test waits for what does not come: not in {HOUR:g} s of virtual time, or never")
+            raise RuntimeError(f"the test waits for what does not come: not in {LONGEST:g} s of virtual time, or never")
         return woken[0]
 
-    def wait_for(self, work: Coroutine[Any, Any, Any]) -> Any:
+    def wait_for(self, work: Coroutine[Any, Any, Any], longest: float | None = LONGEST) -> Any:
         """Runs a coroutine on the loop, and waits for it on a strand."""
         if self.check() is None:
             work.close()
             raise RuntimeError("this would stop the event loop of flock_ray.testing: in a coroutine, await its namesake in flock_ray.aio")
         task = self.create_task(work)
         try:
-            self.wait(lambda wake: task.add_done_callback(lambda _: wake()))
+            self.wait(lambda wake: task.add_done_callback(lambda _: wake()), longest=longest)
         except BaseException:
             task.cancel()
             raise

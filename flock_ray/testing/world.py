@@ -78,9 +78,11 @@ class World:
         self.loop.call_later(1.0, self._begin_again, node, flock)
 
     def _begin_again(self, node: Node, flock: str) -> None:
-        node.begin(self._flocks[flock])
-        self._network_changed()
-        self._list_nodes()
+        record = self._flocks.get(flock)
+        if record is not None and node.is_up:
+            node.begin(record)
+            self._network_changed()
+            self._list_nodes()
 
     def _nests(self) -> list[LocalNest]:
         return [nest for node in self.living() for nest in node.nests.values() if not nest._ending]

@@ -360,6 +360,21 @@ def _happen(flock, rng, number, name):
         flock.advance(rng.choice([0, 0.1, 1, 10]))
 
 
+@pytest.mark.flock(nodes=2, context_horizon=100.0)
+def test_a_side_that_was_away_for_too_long_joins_as_new(flock):
+    one, two = flock.nodes
+    flock.start("a", Counter)
+    flock.advance(1)
+    flock.split([one], [two])
+    flock.advance(80)
+    assert len(flock.lives("a")) == 2
+    flock.heal()
+    flock.advance(30)
+    assert sorted(nest.node_id for nest in flock.nests()) == [one, two]
+    assert len(flock.lives("a")) == 1
+    assert {nest.address[-1] for nest in flock.nests()} == {"1", "2"}, "one of the two has another life"
+
+
 # Birds among themselves
 
 
@@ -610,6 +625,7 @@ def test_handles_are_picklable_and_stay_of_the_flock(flock):
     assert pickle.loads(pickle.dumps(flock)) == flock_ray.Flock("default")
 
 
+@pytest.mark.flock(nodes=1)
 def test_coroutines_of_the_test_run_in_virtual_time(flock):
     async def main():
         bird = await flock_ray.aio.start("a", Async)
@@ -622,6 +638,8 @@ def test_coroutines_of_the_test_run_in_virtual_time(flock):
 
     assert flock.run(main()) == (10, "slept")
     assert 13 <= flock.now < 14
+    flock.run(asyncio.sleep(100_000))
+    assert flock.now > 100_000
 
 
 def test_a_loop_of_the_tests_own_waits_in_virtual_time(flock):
@@ -652,6 +670,7 @@ def test_a_batch_in_a_coroutine_of_a_bird(flock):
 # What it cannot do
 
 
+@pytest.mark.flock(nodes=1)
 def test_what_it_does_not_have_says_so(flock):
     flock.start("a", Counter)
     bird = flock.start("async", Async)
@@ -676,7 +695,7 @@ def test_what_it_does_not_have_says_so(flock):
     thread.join()
     assert "one thread run at a time" in raised[0]
     with pytest.raises(RuntimeError, match="does not come"):
-        bird.nap.options(timeout=None)(10_000)
+        bird.nap.options(timeout=None)(100_000)
 
 
 def test_wrong_orders_say_what_is_wrong(flock):
