@@ -100,13 +100,13 @@ def states(nest: Registry) -> Iterator[Counter[str]]:
     """How many birds are in each state, of those that live here or should: each bird is counted by one nest. Counts of some at a time."""
     view = nest.membership.view
     first = min(view).node  # counts those that fit nowhere
-    for names in _steps(nest, 10 * NAMES_A_STEP):  # as `held`
+    for names in _steps(nest):
         counts: Counter[str] = Counter()
         for name in names:
             pairs = nest.replica.records(name)
             status = pairs[0][1].status if len(pairs) == 1 else None
-            if status is not None and status.state == "running" and status.life in view:  # nearly always
-                counts["running"] += status.life == nest.me
+            if status is not None and status.life in view and status.state not in ("failed", "pending"):  # nearly always
+                counts[status.state] += status.life == nest.me
             elif (bird := info(nest, name)) is not None and (bird.node_id or first) == nest.me.node:
                 counts[bird.state] += 1
         yield counts
