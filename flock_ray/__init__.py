@@ -26,12 +26,14 @@ if TYPE_CHECKING:
         defaults,
         destroy,
         events,
+        explain,
         info,
         init,
         nests,
         options,
         restart,
         shutdown,
+        stack,
         start,
         start_many,
         stop,
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
     from flock_ray.runtime.feed import Feed
     from flock_ray.runtime.inside import Me, Timer, leave, me, send_after, send_every
     from flock_ray.runtime.streams import Stream
-    from flock_ray.specs import BirdInfo, NestInfo
+    from flock_ray.specs import BirdInfo, BirdStack, Candidate, Explanation, NestInfo, Running
 
 __all__ = [
     "Bird",
@@ -64,10 +66,13 @@ __all__ = [
     "BirdExists",
     "BirdInfo",
     "BirdNotFound",
+    "BirdStack",
     "BirdUnavailable",
     "CallCycle",
     "CallTimeout",
+    "Candidate",
     "Config",
+    "Explanation",
     "Feed",
     "Flock",
     "FlockError",
@@ -77,6 +82,7 @@ __all__ = [
     "Method",
     "NestInfo",
     "RemoteError",
+    "Running",
     "Stream",
     "Timer",
     "aio",
@@ -92,6 +98,7 @@ __all__ = [
     "defaults",
     "destroy",
     "events",
+    "explain",
     "info",
     "init",
     "leave",
@@ -103,6 +110,7 @@ __all__ = [
     "send_after",
     "send_every",
     "shutdown",
+    "stack",
     "start",
     "start_many",
     "stop",

@@ -9,21 +9,21 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Concatenate, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, overload
 
 from flock_ray.api import starting
 from flock_ray.api.bird import Bird, check_method, check_timeout
 from flock_ray.api.options import methods, resolve, unwrap
 from flock_ray.config import Config
 from flock_ray.core.board import Kinds
-from flock_ray.errors import BirdNotFound, FlockNotRunning
+from flock_ray.errors import BirdNotFound, BirdUnavailable, FlockNotRunning
 from flock_ray.notices import Missed, Notice
 from flock_ray.runtime.client import DEFAULT, Client, client_of
 from flock_ray.runtime.feed import Feed
 from flock_ray.runtime.inside import current_flock
 from flock_ray.runtime.pending import FOREVER, Default
 from flock_ray.runtime.streams import Stream
-from flock_ray.specs import BirdInfo, Dot, Name, NestInfo, Spec, check_name
+from flock_ray.specs import BirdInfo, BirdStack, Dot, Explanation, Name, NestInfo, Spec, check_name
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -212,10 +212,30 @@ class Requests:
     async def _known_info(self, name: object) -> BirdInfo:
         found = await self._info(name)
         if found is None:
-            plain = self._target(name)[1]
-            raise BirdNotFound(f"no nest that could be asked knows a bird {plain!r}; start it first", plain)
+            self._unknown(name)
         client, plain, _ = self._target(name)
         return replace(found, path=client.path(plain))
+
+    async def _explain(self, name: object) -> Explanation:
+        told: Explanation | None = await self._asked("explain", name)
+        return told if told is not None else self._unknown(name)
+
+    async def _stack(self, name: object) -> BirdStack:
+        said: BirdStack | str | None = await self._asked("stack", name)
+        if isinstance(said, str):
+            plain = self._target(name)[1]
+            raise BirdUnavailable(f"what bird {plain!r} does cannot be said: {said}; explain({plain!r}) says more of it", plain)
+        return said if said is not None else self._unknown(name)
+
+    async def _asked(self, what: str, name: object) -> Any:
+        """A question about a bird, to this node's nest; one that does not know the name asks the others first (C3)."""
+        client, plain, _ = self._target(name)
+        answer = await client.asks.read(what, plain)
+        return answer if answer is not None or await self._info(name) is None else await client.asks.read(what, plain)
+
+    def _unknown(self, name: object) -> NoReturn:
+        plain = self._target(name)[1]
+        raise BirdNotFound(f"no nest that could be asked knows a bird {plain!r}; start it first", plain)
 
     async def _birds(self, state: str | None, node: str | None, prefix: object, of: object) -> list[BirdInfo]:
         if state is not None and state not in _STATES:

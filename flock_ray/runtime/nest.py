@@ -32,6 +32,8 @@ from flock_ray.core import journal, letters, readings, wire
 from flock_ray.core import messages as msg
 from flock_ray.core.board import UNREAD, Board, Cursor, Kinds, Page
 from flock_ray.core.connection import ANSWER, NOTE
+from flock_ray.core.explain import explain
+from flock_ray.core.holds import Phase
 from flock_ray.core.registry import Registry
 from flock_ray.notices import ConnectionsRefused, Notice
 from flock_ray.runtime import cluster
@@ -45,7 +47,7 @@ from flock_ray.runtime.peers import Door, Wire, Wires, probe
 from flock_ray.runtime.steps import Steps
 from flock_ray.runtime.tether import MARGIN, clock
 from flock_ray.runtime.tls import contexts
-from flock_ray.specs import Dot, Life, Name, brought
+from flock_ray.specs import BirdStack, Dot, Explanation, Life, Name, brought
 
 T = TypeVar("T")
 
@@ -62,6 +64,7 @@ PICKLED = 1_000  # birds in an answer that is pickled in a thread
 WRITTEN = 5_000  # names, after which the garbage collector is told to leave alone what there is
 LIVES = 60.0  # seconds between the notes in the journal that this nest is alive
 LOOK = 1.0  # seconds between looks at the clock, and whether the journal is too long
+OTHERS = 5.0  # seconds another nest has to answer a question that is passed on to it
 TOGETHER = 0.02  # seconds for which notices are gathered for who waits for them
 SHUTDOWN = 10.0  # seconds that birds have to end when the flock is destroyed
 
@@ -453,7 +456,7 @@ class Nest:
         registry = self._registry
         assert registry is not None
         while True:
-            states: Counter[str] = sum(await self._stepwise(readings.states(registry)), Counter())
+            states = readings.own_states(registry, await self._tally(registry))
             names = len(registry.replica)
             try:
                 self._metrics.give(states, len(registry.holds.lives) / names if names else 0.0)
@@ -610,7 +613,9 @@ class Nest:
         elif kind == "count":
             answer = len(registry.replica)
         elif kind == "nests":
-            answer = readings.nests(registry, sum(await self._stepwise(readings.held(registry)), Counter()))
+            answer = readings.nests(registry, await self._tally(registry))
+        elif kind == "tally":
+            answer = await self._tally(registry)
         elif kind == "alone":
             answer = registry.membership.whole == {self._node}
         elif kind == "covers":
@@ -618,11 +623,56 @@ class Nest:
         elif kind == "ring":
             ring, members = registry.membership.placement.ring, self._members
             answer = tuple(ring.weights.items()), {node: members.door(node) for node in ring.weights} if members is not None else {}
+        elif kind == "ran":
+            answer = await self._ran(registry, *rest)
+        elif kind == "explain":
+            answer = await self._explain(registry, *rest)
+        elif kind == "stack":
+            answer = await self._stack(registry, *rest)
         else:
             raise ValueError(f"{kind!r} is no question a nest answers")
         if isinstance(answer, list) and len(answer) > PICKLED:
             return await asyncio.to_thread(pickle.dumps, answer)  # a second for 100,000 birds: a thread leaves the loop its turns
         return pickle.dumps(answer)
+
+    async def _tally(self, registry: Registry) -> readings.Tally:
+        return sum(await self._stepwise(readings.tally(registry)), Counter())
+
+    async def _ran(self, registry: Registry, passed_on: bool = False) -> dict[str, tuple[int, int]]:
+        """How many methods have run on each node since its nest began, and how many have raised; of nodes whose nests answer."""
+        mine = {self._node: (self._hosts.ran, self._hosts.raised)}
+        others = [life.node for life in registry.membership.view if life.node != self._node and not passed_on]
+        for said in await asyncio.gather(*(self._another(node, "ran", True) for node in others)):
+            mine.update(said or {})
+        return mine
+
+    async def _explain(self, registry: Registry, name: Name, passed_on: bool = False) -> Explanation | None:
+        """By the owner, if it can be asked: it knows whom it waits for."""
+        told = explain(registry, name)
+        if told is None or passed_on or told.owner in (None, self._node):
+            return told
+        return await self._another(str(told.owner), "explain", name, True) or told
+
+    async def _stack(self, registry: Registry, name: Name, passed_on: bool = False) -> BirdStack | str | None:
+        """By the nest that holds the bird, from its process. A text says why there is none."""
+        bird = readings.info(registry, name)
+        lives = [life for life in registry.holds.lives_of(name) if life.phase is not Phase.BACKOFF]
+        if lives:
+            return await self._hosts.stack(lives[0].dot, lives[0].born)
+        if bird is None or passed_on or bird.state in ("pending", "failed", "restarting") or bird.node_id in (None, self._node):
+            return None if bird is None else f"it is {bird.state}, so nothing of it runs"
+        said: BirdStack | str | None = await self._another(str(bird.node_id), "stack", name, True)
+        return said or f"the nest of node {bird.node_id} has not answered"
+
+    async def _another(self, node: str, *query: object) -> Any:
+        """What the nest of another node says; `None` if it does not in time."""
+        handle = self._peers.get(node)
+        if handle is None:
+            return None
+        try:
+            return pickle.loads(await asyncio.wait_for(handle.read.remote(pickle.dumps(query, protocol=5)), OTHERS))
+        except (ray.exceptions.RayError, TimeoutError):
+            return None
 
     async def _noticed(self, cursor: Cursor = UNREAD, kinds: Kinds = Notice, since: float = 0.0, seconds: float = 0.0) -> Page:
         """What is on the board after a cursor; waits so long for something."""

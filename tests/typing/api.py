@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, assert_type
 import ray
 
 import flock_ray
-from flock_ray import Bird, BirdInfo, Feed, Flock, Method, NestInfo, Timer, notices
+from flock_ray import Bird, BirdInfo, BirdStack, Explanation, Feed, Flock, Method, NestInfo, Timer, notices
 
 T = TypeVar("T")
 
@@ -116,6 +116,8 @@ def looking() -> None:
     assert_type(flock_ray.bird("a"), Bird[Any])
     assert_type(flock_ray.birds(state="failed", of=Counter), list[BirdInfo])
     assert_type(flock_ray.info("a"), BirdInfo)
+    assert_type(flock_ray.explain("a"), Explanation)
+    assert_type(flock_ray.stack("a"), BirdStack)
     assert_type(flock_ray.count(), int)
     assert_type(flock_ray.nests(), list[NestInfo])
     assert_type(next(flock_ray.events()), notices.Notice)

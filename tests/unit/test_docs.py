@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import flock_ray
 from flock_ray import notices
 from flock_ray.api.options import check
+from flock_ray.cli.commands import app
 from flock_ray.config import Config
 from flock_ray.runtime.metrics import METRICS
-from flock_ray.specs import BirdInfo, NestInfo, Options
+from flock_ray.specs import BirdInfo, BirdStack, Candidate, Explanation, NestInfo, Options, Running
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -222,7 +224,10 @@ def test_every_option_is_in_its_table_with_its_default():
 def test_the_tables_of_the_api_have_every_public_name_and_no_other():
     functions = {name for row in rows(section("API")) for name in re.findall(r"^`(\w+)\(", row[0])}
     errors = {name for row in rows(section("Errors")) for name in re.findall(r"^`(\w+)`", row[0])}
-    values = {"Bird", "BirdInfo", "Config", "Feed", "Flock", "FlockError", "Me", "Method", "NestInfo", "Stream", "Timer", "aio", "notices"}
+    values = {
+        "Bird", "BirdInfo", "BirdStack", "Candidate", "Config", "Explanation", "Feed", "Flock", "FlockError", "Me", "Method", "NestInfo",
+        "Running", "Stream", "Timer", "aio", "notices",
+    }  # fmt: skip
     assert all(f"`{name}" in README or f"`flock_ray.{name}" in README for name in values)
     assert functions | errors | values == set(flock_ray.__all__)
 
@@ -240,9 +245,15 @@ def test_the_signatures_in_the_api_tables_are_the_functions_own():
         assert (stated.args.kwarg is not None) == any(p.kind is p.VAR_KEYWORD for p in own), text
 
 
-@pytest.mark.parametrize("kind", [BirdInfo, NestInfo])
+@pytest.mark.parametrize("kind", [BirdInfo, NestInfo, BirdStack, Candidate, Explanation, Running])
 def test_every_field_of_an_info_is_named(kind):
-    assert all(f"`{field.name}`" in section("API") for field in fields(kind))
+    names = getattr(kind, "_fields", None) or [field.name for field in fields(kind)]
+    assert all(f"`{name}`" in section("API") for name in names)
+
+
+def test_the_table_of_the_command_line_has_every_command():
+    said = {re.match(r"`([\w-]+)", row[0])[1] for row in rows(section("Command line"))[1:]}
+    assert said == set(typer.main.get_command(app).commands)
 
 
 def test_every_notice_is_in_its_table_with_its_level_and_fields():

@@ -492,7 +492,9 @@ def test_readings_of_birds_that_failed_or_lived_on_a_node_that_is_gone():
     hatch = next(effect for effect in trio.take(ME, start(mine)) if isinstance(effect, do.Hatch))
     trio.take(ME, LifeRunning(hatch.dot, hatch.born, "host"))
     trio.pass_time(1.0)
-    assert sum(readings.held(nest), Counter()) == {ME.node: 1, "c": 1}
+    (found,) = [bird for birds in readings.birds(nest, None, ME.node, None, "birds.Bird") for bird in birds]
+    assert (found.name, found.class_name, found.path) == (f"bird-{mine}", "birds.Bird", None)
+    assert sum(readings.tally(nest), Counter()) == {(ME.node, "running"): 1, ("c", "running"): 1}
     assert readings.is_expected(nest, f"bird-{theirs}") and readings.is_expected(nest, f"bird-{mine}")
     assert not readings.is_expected(nest, "nobody")
     nest.holds.lives[hatch.dot].crashes = 1_000
@@ -501,7 +503,8 @@ def test_readings_of_birds_that_failed_or_lived_on_a_node_that_is_gone():
     del trio.nests[third]
     trio.take(ME, ev.MemberDead(third), ev.NodeProbed(third, "refused"))  # the peer has not heard of it: nobody may hatch it yet
     trio.pass_time(1.0)
-    assert "c" not in sum(readings.held(nest), Counter())
+    counts = sum(readings.tally(nest), Counter())
+    assert set(counts) == {(ME.node, "failed"), (PEER.node, "pending")}, "each where it is, or should be"
     assert "pending" in nest.desk.too_late(f"bird-{theirs}", "running").message
 
 
@@ -538,7 +541,7 @@ def test_each_bird_is_counted_by_one_nest_in_whatever_state_it_is():
     trio.pass_time(1.0)
 
     def states():
-        return {life: sum(readings.states(nest), Counter()) for life, nest in trio.nests.items()}
+        return {life: readings.own_states(nest, sum(readings.tally(nest), Counter())) for life, nest in trio.nests.items()}
 
     assert sum(states().values(), Counter()) == Counter(starting=30, pending=1)
     trio.take(ME, *running(effects))
