@@ -1,9 +1,9 @@
 """Chaos on a real local cluster: callers count what they are told, birds count what they do, and processes of every kind are killed.
 
-Birds, hosts of light birds, nests and raylets are killed; raylets are stopped for five seconds with all their workers; nodes join. It
-ends with tables, and with status 1 if a promise was broken: a name was lost, a call that reported success did not run exactly once, one
-that failed ran more than once, or two lives of a name ran at a time where H4 does not allow it. Run it by
-`scripts/chaos [--minutes 3] [--seed 1]`; Ctrl-C cleans up.
+Birds, hosts of light birds, nests and raylets are killed; raylets are stopped for five seconds with all their workers; nodes join; with
+Redis the head's control service (GCS) is killed, and is back seconds later. It ends with tables, and with status 1 if a promise was
+broken: a name was lost, a call that reported success did not run exactly once, one that failed ran more than once, or two lives of a
+name ran at a time where H4 does not allow it. Run it by `scripts/chaos [--minutes 3] [--seed 1]`; Ctrl-C cleans up.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,114 +37,38 @@ import flock_ray
 from flock_ray.core.board import UNREAD
 from flock_ray.notices import NestJoined, NestLeft
 from flock_ray.runtime import cluster as ray_cluster
+from tests.support.callers import Callers
+from tests.support.diary import EVERY, Audit, Diary, Life, overlaps, runs
+from tests.support.head import NO_REDIS, Head, free_port, has_redis, redis_server
 
 WORKERS = 3  # nodes beside the head's, which stays: without it Ray starts nothing
 BIRDS = 30
 CALLERS = 4
-BEAT = 0.05  # seconds between the notes of a bird that it lives
+PACE_OF_CALLS = 0.02  # seconds between two calls of each
 PACE = 5.0  # seconds between two faults, on average
 STOPPED = 5.0  # seconds for which a raylet is stopped
+HEADLESS = (2.0, 8.0)  # seconds, from and to, without a GCS
 PATIENCE = 20.0  # seconds of a caller
 CALM = 120.0  # seconds in which everything has to be well after the last fault
 
 console = Console(highlight=False, soft_wrap=True)
 
 
-class Ledger:
-    """A bird that notes in a file of its process what it does, and that it lives. All processes of a machine have the same clock."""
-
-    def __init__(self, folder: str) -> None:
-        me = flock_ray.me()
-        self.calls = 0
-        self.who = f"{me.name} {os.getpid()} {id(self)} {me.node_id}"
-        self.file = os.open(f"{folder}/{os.getpid()}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        self.beat()
-        flock_ray.send_every(BEAT, "beat")
-
-    def note(self, what: str) -> None:
-        os.write(self.file, f"{what} {time.monotonic():.6f} {self.who}\n".encode())
-
-    def beat(self) -> None:
-        self.note("beat")
-
-    def run(self, ticket: str) -> int:
-        self.note(f"run:{ticket}")
-        self.calls += 1
-        return self.calls
-
-    def on_stop(self, reason: str) -> None:
-        self.note(f"end:{reason}")
-        os.close(self.file)
-
-    def hand_over(self) -> int:
-        return self.calls
-
-    def take_over(self, calls: int) -> None:
-        self.calls = calls
-
-
-@dataclass
-class Life:
-    """One life of a name, by its notes."""
-
-    node: str
-    first: float
-    last: float
-
-
-@dataclass
-class Told:
-    """What callers were told."""
-
-    outcomes: Counter[str] = field(default_factory=Counter)
-    fates: dict[str, bool] = field(default_factory=dict)  # of each ticket: did the call report success?
-    answered: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-
-
-class Callers:
-    """Threads that call random names until it is over."""
-
-    def __init__(self, names: list[str], seed: int) -> None:
-        self.names, self.told = names, Told()
-        self._lock = threading.Lock()
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(number, random.Random(seed + number))) for number in range(CALLERS)]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self, number: int, rng: random.Random) -> None:
-        made = 0
-        while not self._over.is_set():
-            made += 1
-            name, ticket = rng.choice(self.names), f"{number}.{made}"
-            try:
-                flock_ray.call(name, "run", ticket, timeout=PATIENCE)
-                outcome, ok = "answered", True
-            except flock_ray.FlockError as error:
-                outcome, ok = type(error).__name__, False
-            with self._lock:
-                self.told.outcomes[outcome] += 1
-                self.told.fates[ticket] = ok
-                if ok:
-                    self.told.answered[name].append(time.monotonic())
-            self._over.wait(rng.uniform(0, 0.04))
-
-    def end(self) -> Told:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-        return self.told
-
-
 class Ground:
     """The cluster, and the faults that can be done to it."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, redis: str) -> None:
         self.rng = rng
+        self._deck: list[str] = []
         self.done: Counter[str] = Counter()
         self.verdicts: dict[tuple[str, str], float] = {}  # on which node which node's nest was declared dead, and when that was first seen
         self._stopped: list[tuple[float, list[psutil.Process]]] = []
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        self._has_redis, self._headless_until = bool(redis), 0.0
+        if redis:
+            os.environ["RAY_REDIS_ADDRESS"] = redis
+        node = {"num_cpus": 2, "include_dashboard": False, "gcs_server_port": free_port()}
+        self.cluster = Cluster(initialize_head=True, head_node_args=node)
+        self.head = Head(self.cluster)
         self.workers = [self.cluster.add_node(num_cpus=2) for _ in range(WORKERS)]
         ray.init(self.cluster.address, log_to_driver=False, logging_level="critical")
 
@@ -157,7 +79,9 @@ class Ground:
         return {nest.node_id: ray_cluster.nest_handle(life, nest.node_id) for nest in flock_ray.nests()}
 
     def look(self) -> None:
-        """Notes which nests have declared which dead."""
+        """Notes which nests have declared which dead. Their handles are found by the head."""
+        if not self.head.is_up:
+            return
         query = pickle.dumps(("notices", UNREAD, (NestJoined, NestLeft)))
         for node, handle in self._nests().items():
             with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
@@ -170,24 +94,30 @@ class Ground:
                     ):  # else its next life is there
                         self.verdicts.setdefault((node, notice.life.node), time.monotonic())
 
-    def _hosts(self, kind: str) -> list[int]:
+    def _actors(self, kind: str) -> list[int]:
         """The processes of such actors, by the name that Ray gives them. They are children of our raylets."""
         return [process.pid for process in psutil.Process().children(recursive=True) if process.name().startswith(f"ray::{kind}")]
 
     # Faults
 
     def bird(self) -> bool:
-        return self._kill_one_of(self._hosts("HostActor"))
+        return self._kill_one_of(self._actors("HostActor"))
 
     def light_host(self) -> bool:
-        return self._kill_one_of(self._hosts("LightHostActor"))
+        return self._kill_one_of(self._actors("LightHostActor"))
 
     def nest(self) -> bool:
-        _, handle = self.rng.choice(sorted(self._nests().items()))
-        return self._kill(ray.get(handle.pid.remote(), timeout=5))
+        return self._kill_one_of(self._actors("NestActor"))
+
+    def gcs(self) -> bool:
+        if not self._has_redis or not self.head.is_up:
+            return False
+        self.head.kill()
+        self._headless_until = time.monotonic() + self.rng.uniform(*HEADLESS)
+        return True
 
     def raylet(self) -> bool:
-        if len(self.workers) < 2:
+        if len(self.workers) < 2 or not self.head.is_up:
             return False
         node = self.workers.pop(self.rng.randrange(len(self.workers)))
         self.cluster.remove_node(node, allow_graceful=False)
@@ -206,7 +136,7 @@ class Ground:
         return True
 
     def join(self) -> bool:
-        if len(self.workers) >= WORKERS:
+        if len(self.workers) >= WORKERS or not self.head.is_up:
             return False
         self.workers.append(self.cluster.add_node(num_cpus=2))
         return True
@@ -220,7 +150,9 @@ class Ground:
         return True
 
     def resume(self, now: float) -> None:
-        """Lets go on what has been stopped for long enough."""
+        """Lets go on what has been stopped, or away, for long enough."""
+        if not self.head.is_up and now >= self._headless_until:
+            self.head.restart()
         for until, processes in list(self._stopped):
             if now >= until:
                 self._stopped.remove((until, processes))
@@ -228,82 +160,54 @@ class Ground:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.resume()
 
-    FAULTS: ClassVar = {"bird": 3, "light_host": 2, "nest": 3, "raylet": 1, "stop_raylet": 2, "join": 3}
+    FAULTS: ClassVar = {"bird": 3, "light_host": 2, "nest": 3, "raylet": 1, "stop_raylet": 2, "join": 1, "gcs": 1}
 
-    def fault(self) -> None:
-        kinds, weights = list(self.FAULTS), list(self.FAULTS.values())
-        kind = self.rng.choices(kinds, weights)[0]
-        with contextlib.suppress(ray.exceptions.RayError, TimeoutError, flock_ray.FlockError):
-            if getattr(self, kind)():
-                self.done[kind] += 1
-                console.print(f"{time.strftime('%X')} {kind}")
+    def fault(self) -> bool:
+        """Does the next that is possible now, of a shuffled deck of all: none is left out for long. Returns whether there was one."""
+        kind = next((kind for kind in self._deck if getattr(self, kind)()), None)
+        if kind is None:  # none is left, or none that is possible now
+            self._deck = [kind for kind, weight in self.FAULTS.items() for _ in range(weight)]
+            self.rng.shuffle(self._deck)
+            return False
+        self._deck.remove(kind)
+        self.done[kind] += 1
+        console.print(f"{time.strftime('%X')} {kind}")
+        return True
 
     def close(self) -> None:
         self.resume(float("inf"))
-        started = psutil.Process().children(recursive=True)
         try:
             if ray.is_initialized():
-                flock_ray.destroy()
-        except flock_ray.FlockError:
-            pass  # it did not come so far
+                with contextlib.suppress(flock_ray.FlockNotRunning):  # it did not come so far
+                    flock_ray.destroy()
         finally:
             ray.shutdown()
             self.cluster.shutdown()
-            _, alive = psutil.wait_procs(started, timeout=5)
-            for process in alive:
-                process.kill()
-
-
-def read(folder: Path) -> tuple[Counter[str], dict[str, list[Life]]]:
-    """How often each ticket ran, and the lives of each name."""
-    ran: Counter[str] = Counter()
-    lives: dict[tuple[str, str, str], Life] = {}
-    for path in folder.iterdir():
-        for line in path.read_text().splitlines():
-            parts = line.split()
-            if len(parts) != 6:
-                continue  # killed in the middle of it
-            what, when, name, pid, number, node = parts
-            if what.startswith("run:"):
-                ran[what.removeprefix("run:")] += 1
-            life = lives.setdefault((name, pid, number), Life(node, float(when), float(when)))
-            life.first, life.last = min(life.first, float(when)), max(life.last, float(when))
-    by_name: dict[str, list[Life]] = defaultdict(list)
-    for (name, _, _), life in lives.items():
-        by_name[name].append(life)
-    return ran, by_name
-
-
-def second_lives(lives: dict[str, list[Life]]) -> list[tuple[str, Life, Life, float]]:
-    """Lives of one name that overlap, and for how many seconds."""
-    found = []
-    for name, those in lives.items():
-        those.sort(key=lambda life: life.first)
-        for at, one in enumerate(those):
-            found += [(name, one, other, min(one.last, other.last) - other.first) for other in those[at + 1 :] if other.first < one.last]
-    return found
 
 
 def chaos(minutes: float, seed: int, folder: Path) -> bool:
     """Returns whether every promise was kept."""
     rng = random.Random(seed)
-    ground = Ground(rng)
-    callers = None
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(end_children)
+        if not has_redis():
+            console.print(f"{NO_REDIS}, so the head stays")
+        ground = Ground(rng, stack.enter_context(redis_server()) if has_redis() else "")
+        stack.callback(ground.close)
         flock_ray.init()
         wait_for("a nest on every node", lambda: len(flock_ray.nests()) == WORKERS + 1)
         names = [f"bird-{number}" for number in range(BIRDS)]
         for number, name in enumerate(names):
             starter = flock_ray.options(light=number % 2 == 0, ack="peer", max_restarts=1_000_000, stop_timeout=5.0)
-            starter.start(name, Ledger, str(folder))
+            starter.start(name, Diary, str(folder / name))
         flock_ray.wait(names, timeout=CALM)
         console.print(f"{BIRDS} birds run on {WORKERS + 1} nodes; {minutes:g} minutes of faults begin, with seed {seed}")
-        callers = Callers(names, seed)
+        callers = Callers([names] * CALLERS, "run", tickets=True, timeout=PATIENCE, pace=PACE_OF_CALLS)
+        stack.callback(callers.end)
         end, next_fault, next_look = time.monotonic() + 60 * minutes, 0.0, 0.0
         while (now := time.monotonic()) < end:
             ground.resume(now)
-            if now >= next_fault:
-                ground.fault()
+            if now >= next_fault and ground.fault():
                 next_fault = time.monotonic() + rng.expovariate(1 / PACE)
             if now >= next_look:
                 ground.look()
@@ -312,15 +216,19 @@ def chaos(minutes: float, seed: int, folder: Path) -> bool:
         ground.resume(float("inf"))
         console.print("the faults are over")
         lost = wait_until_well(names)
+        wait_for("a nest on every node", lambda: len(flock_ray.nests()) == len(ground.workers) + 1)
         ground.look()
-        told = callers.end()
-        callers = None
-        time.sleep(2 * BEAT)
-        return report(ground, told, lost, *read(folder))
-    finally:
-        if callers is not None:
-            callers.end()
-        ground.close()
+        callers.end()
+        time.sleep(2 * EVERY)
+        return report(ground, callers, lost, folder)
+
+
+def end_children() -> None:
+    """What Ray has not ended."""
+    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=5)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def wait_for(what: str, condition: Any, deadline: float = CALM) -> None:
@@ -335,18 +243,15 @@ def wait_until_well(names: list[str]) -> list[str]:
     """The names that do not answer `CALM` seconds after the last fault."""
     lost, end = names, time.monotonic() + CALM
     while lost and time.monotonic() < end:
-        answers = flock_ray.call_many(
-            [(name, "run", (f"well.{name}.{time.monotonic()}",)) for name in lost], timeout=10, return_exceptions=True
-        )
+        answers = flock_ray.call_many([(name, "run", (f"well.{name}",)) for name in lost], timeout=10, return_exceptions=True)
         lost = [name for name, answer in zip(lost, answers, strict=True) if isinstance(answer, BaseException)]
     return lost
 
 
-def report(ground: Ground, told: Told, lost: list[str], ran: Counter[str], lives: dict[str, list[Life]]) -> bool:
+def report(ground: Ground, told: Callers, lost: list[str], folder: Path) -> bool:
     """Says what happened."""
-    not_once = [ticket for ticket, ok in told.fates.items() if ok and ran[ticket] != 1]
-    twice = [ticket for ticket, ok in told.fates.items() if not ok and ran[ticket] > 1]
-    doubles = second_lives(lives)
+    audit = Audit(told.fates, runs(folder.iterdir()))
+    doubles = [(path.name, *double) for path in folder.iterdir() for double in overlaps(path)]
     allowed = [double for double in doubles if is_allowed(ground, *double[1:3])]
     longest = max((double[3] for double in doubles), default=0.0)
     silence, silent, until = max(
@@ -361,14 +266,14 @@ def report(ground: Ground, told: Told, lost: list[str], ran: Counter[str], lives
         console.print(table)
     table = Table(title="promises", show_header=False)
     table.add_row("names lost", f"{len(lost)} {' '.join(lost)}")
-    table.add_row("calls that reported success and did not run exactly once", str(len(not_once)))
-    table.add_row("calls that failed and ran more than once", str(len(twice)))
+    table.add_row("calls that reported success and did not run exactly once", str(len(audit.not_once)))
+    table.add_row("calls that failed and ran more than once", str(len(audit.twice)))
     table.add_row("second lives of a name: in all, allowed by H4, the longest", f"{len(doubles)}, {len(allowed)}, {longest:.2f} s")
     table.add_row("longest time for which a name did not answer", f"{silence:.1f} s ({silent}, from {since})")
     console.print(table)
     for name, one, other, seconds in doubles:
         console.print(f"{name} ran on {one.node[:8]} and on {other.node[:8]} for {seconds:.2f} s")
-    kept = not lost and not not_once and not twice and len(allowed) == len(doubles)
+    kept = not lost and not audit.not_once and not audit.twice and len(allowed) == len(doubles)
     console.print("every promise was kept" if kept else "A PROMISE WAS BROKEN")
     return kept
 

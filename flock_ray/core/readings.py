@@ -99,6 +99,20 @@ def tally(nest: Registry) -> Iterator[Tally]:
         yield counts
 
 
+def own_states(nest: Registry, counts: Tally) -> Counter[str]:
+    """How many birds are in each state, of those that live here or should: each bird is counted by one nest.
+
+    Args:
+        counts: the sum of what `tally` gives.
+    """
+    first = min(nest.membership.view).node  # counts those that fit nowhere
+    own: Counter[str] = Counter()
+    for (node, state), count in counts.items():
+        if (node or first) == nest.me.node:
+            own[state] += count
+    return own
+
+
 def nests(nest: Registry, counts: Tally) -> list[NestInfo]:
     """The nests of this nest's view, by node id.
 

@@ -318,15 +318,38 @@ class Registry:
                 else:
                     self.waiting.add(name)
             self.handover.plan(name)
-        elif self.membership.ready and self.membership.placement.owner(name) is None:
-            self._evict(name)
+        elif self.membership.ready and name in self.holds:
+            if self.membership.placement.owner(name) is None:
+                self._evict(name)
+            self._stand_by(name)
         self.desk.look(name)
 
     def _evict(self, name: Name) -> None:
-        """It fits nowhere (any more): its room belongs to birds with earlier stamps (P2). What it hands over waits here for an owner."""
+        """It fits nowhere (any more): its room belongs to birds with earlier stamps (P2). What it hands over waits here for an owner.
+
+        A life of a loser ends as well, for there is no owner who would see to it (S4).
+        """
+        winner = self.replica.winner(name)
         for life in self.holds.lives_of(name):
-            if life.phase is not Phase.ENDING and life.spec.options.moves and life.spec.options.placed:
+            if life.phase is Phase.ENDING or winner is None or not winner[1].spec.options.placed:
+                continue
+            if life.dot != winner[0]:
+                self.supervision.end(life, "stopped", keep=False)
+            elif life.spec.options.moves:
                 self.supervision.end(life, "moved", keep=True)
+
+    def _stand_by(self, name: Name) -> None:
+        """What does not move lives on here, whoever owns it.
+
+        Does a life count for more whose nest is gone, this one is raised above it: nobody else would, and callers look for that one (H4).
+        """
+        winner = self.replica.winner(name)
+        life = self.holds.lives.get(winner[0]) if winner is not None else None
+        if winner is None or life is None or life.spec.options.moves:
+            return
+        status = winner[1].status
+        if status is not None and status.life not in self.membership.view:
+            self.supervision.raise_incarnation(life, winner[1])
 
     def _reap(self, name: Name) -> None:
         """Ends what was stopped, and forgets records that nobody needs (H3)."""
@@ -403,15 +426,14 @@ class Registry:
 
         Is nothing heard of that node for `nest_grace`, the owner does.
         """
-        pairs = self.replica.records(name)
-        if len(pairs) < 2:
+        won = self.replica.winner(name)
+        if won is None or len(self.replica.records(name)) < 2:
             if self._conflicts or self._untold:
                 self._conflicts.pop(name, None)
                 self._untold.pop(name, None)
             return
-        specs = {dot: record.spec for dot, record in pairs}
-        winner = min(specs, key=lambda dot: (specs[dot].stamp, dot))  # as `Replica.winner`
-        losers = tuple(sorted(dot for dot in specs if not specs[dot].same_bird(specs[winner])))
+        winner, record = won
+        losers = tuple(sorted(dot for dot, other in self.replica.records(name) if not other.spec.same_bird(record.spec)))
         if not losers or self._conflicts.get(name) == losers:
             return
         if winner.life.node != self.me.node:
@@ -471,6 +493,7 @@ class Registry:
         self._ring = placement.ring
         self.mark(self.waiting)
         self.mark(self.holds.within(gained))
+        self.mark(self.holds.staying.values())
         if self.barrier.unanimous:
             self.mark(self.replica.birds.within(gained))
         else:

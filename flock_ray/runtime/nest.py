@@ -42,6 +42,7 @@ from flock_ray.runtime.journal import Journal, open_journal
 from flock_ray.runtime.listener import NEST_SOCKET, Refusals
 from flock_ray.runtime.loglines import LogLines
 from flock_ray.runtime.members import Members
+from flock_ray.runtime.metrics import EVERY, NAMES_A_SECOND, NestMetrics
 from flock_ray.runtime.peers import Door, Wire, Wires, probe
 from flock_ray.runtime.steps import Steps
 from flock_ray.runtime.tether import MARGIN, clock
@@ -103,6 +104,7 @@ class Nest:
         self._ready = asyncio.Event()
         self._ending = False
         self._log_lines = LogLines(logger)
+        self._metrics = NestMetrics(self._record.flock, node)
         self._board: Board | None = None
         self._news: asyncio.Future[None] = self._loop.create_future()  # of the next notice
         self._frozen = 0  # names that had been written when the garbage collector was last told to leave all alone
@@ -136,6 +138,8 @@ class Nest:
         self._task(self._poll())
         self._task(self._join())
         self._task(self._keep_journal())
+        if self._config.metrics:
+            self._task(self._give_metrics())
 
     async def _boot(self) -> None:
         if not await self._still_wanted():
@@ -360,6 +364,7 @@ class Nest:
         bodies = letters.Bodies()
         for node, envelopes in outbox.items():
             for packed in letters.pack(envelopes, bodies):
+                self._metrics.sent(len(packed))
                 self._post(node, packed)
 
     def _post(self, node: str, packed: bytes) -> None:
@@ -442,8 +447,22 @@ class Nest:
         assert self._board is not None  # there is one before there is a registry
         self._board.add(effect.notice, time.time())
         self._log_lines.tell(effect.notice)
+        self._metrics.noticed(effect.notice)
         if not self._news.done():
             self._news.set_result(None)
+
+    async def _give_metrics(self) -> None:
+        await self._ready.wait()
+        registry = self._registry
+        assert registry is not None
+        while True:
+            states = readings.own_states(registry, await self._tally(registry))
+            names = len(registry.replica)
+            try:
+                self._metrics.give(states, len(registry.holds.lives) / names if names else 0.0)
+            except Exception as error:  # whatever Ray raises: it is no reason to end a nest
+                logger.warning("metrics could not be given to Ray: %s", error)
+            await asyncio.sleep(max(EVERY, names / NAMES_A_SECOND))
 
     def _note_share(self, registry: Registry) -> None:
         """Tells this nest's share of the load when it changes, as Flock's nodes do."""

@@ -9,24 +9,25 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 import flock_ray
+from flock_ray.notices import BirdCrashed, BirdNotice, BirdRunning, BirdStarted
 from tests.cluster import birds
-from tests.cluster.conftest import WIRE, Flyground, eventually, init_whole
+from tests.cluster.conftest import NEEDS_REDIS, WIRE, Flyground, init_whole
 from tests.cluster.test_promises import owners, runs, settled
+from tests.support.callers import Callers
+from tests.support.head import Head, free_port, redis_server
+from tests.support.waiting import eventually
 
 pytestmark = [
+    NEEDS_REDIS,
     pytest.mark.skipif(WIRE == "ray", reason="without sockets whoever has never called a bird needs the head to find it: README says so"),
     pytest.mark.timeout(600),
 ]
@@ -38,60 +39,16 @@ START = 120.0  # Ray starts slowly on a busy machine
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
-
-
-@contextlib.contextmanager
-def redis_server():
-    """A Redis that keeps nothing on disk; yields `host:port`."""
-    program = shutil.which("redis-server")
-    if program is None:
-        missing = "there is no redis-server (Debian: apt-get install redis-server)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing)
-        pytest.skip(missing)
-    with tempfile.TemporaryDirectory(prefix="flock_ray_redis_") as folder:
-        port = free_port()
-        command = [program, "--bind", "127.0.0.1", "--port", str(port), "--dir", folder, "--save", "", "--appendonly", "no"]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder) as process:
-            try:
-                eventually(lambda: process.poll() is not None or answers(port), "Redis listens")
-                assert process.poll() is None, "Redis has ended"
-                yield f"127.0.0.1:{port}"
-            finally:
-                process.kill()
-
-
-def answers(port):
-    try:
-        with socket.create_connection(("127.0.0.1", port), 1) as connection:
-            connection.sendall(b"PING\r\n")
-            return connection.recv(16).startswith(b"+PONG")
-    except OSError:
-        return False
-
-
 class Headland(Flyground):
     """A cluster whose GCS can be killed and started again. Its port is fixed: everything reconnects to the address it knows."""
 
     def __init__(self, nodes):
         super().__init__(nodes, gcs_server_port=free_port())
-        self.head = self.cluster.head_node
-
-    def behead(self):
-        (gcs,) = self.head.all_processes["gcs_server"]
-        os.kill(gcs.process.pid, signal.SIGKILL)
-        gcs.process.wait(10)
-        self.head.kill_gcs_server(check_alive=False)  # it notes that there is none
-
-    def recapitate(self):
-        self.head.start_gcs_server()
+        self.head = Head(self.cluster)
 
     def close(self):
-        if "gcs_server" not in self.head.all_processes:  # a test failed in the middle
-            self.recapitate()
+        if not self.head.is_up:  # a test failed in the middle
+            self.head.restart()
         super().close()
 
 
@@ -108,53 +65,23 @@ def headland():
             ground.close()
 
 
-class Tally:
-    """Calls every bird ten times a second, and notes what failed and how long the longest took."""
-
-    def __init__(self, names):
-        self.names, self.failures, self.calls, self.longest = names, [], 0, 0.0
-        self.slowest = ("", 0.0)  # and when it began
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(name,)) for name in names]
-
-    def __enter__(self):
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self, name):
-        while not self._over.wait(0.1):
-            began = time.monotonic()
-            try:
-                flock_ray.call(name, "get", timeout=PATIENCE)
-            except Exception as error:
-                self.failures.append(f"{name}: {error!r}")
-            self.calls += 1
-            took = time.monotonic() - began
-            if took > self.longest:
-                self.longest, self.slowest = took, (name, began)
-
-    def __str__(self):
-        return f"{self.calls} calls, {len(self.failures)} failures, longest {self.longest * 1000:.0f} ms"
+def ten_a_second(names):
+    """Calls each bird ten times a second."""
+    return Callers([[name] for name in names], timeout=PATIENCE)
 
 
 #: A driver that is connected to Ray before the GCS dies, and has called nobody: it begins when it is told to.
 FRESH = """
 import json, sys
 import ray
-from tests.cluster.test_head_restart import Tally
+from tests.cluster.test_head_restart import ten_a_second
 address, *names = sys.argv[1:]
 ray.init(address, namespace="other", log_to_driver=False, logging_level="ERROR")
 print("connected", flush=True)
 sys.stdin.readline()
-with Tally(names) as tally:
+with ten_a_second(names) as tally:
     sys.stdin.readline()
-print(json.dumps([tally.calls, tally.failures, tally.longest]), flush=True)
+print(json.dumps([str(tally), tally.calls, tally.failures]), flush=True)
 """
 
 
@@ -201,9 +128,9 @@ def test_with_redis_no_caller_and_no_bird_notices(headland, eight, name):
     killed = flock_ray.call(victim, "pid", timeout=START)
     theirs = owners([f"{late}/{i}" for i in range(100)])
     light = next(n for n, node in theirs.items() if node == flock_ray.where(eight[-1]))
-    with fresh_driver(headland.cluster.address, eight) as fresh, Tally(eight) as cached:
+    with fresh_driver(headland.cluster.address, eight) as fresh, ten_a_second(eight) as cached:
         eventually(lambda: cached.calls > 5 * len(eight), "routes are known")
-        headland.behead()
+        headland.head.kill()
         began, before = time.monotonic(), cached.calls
         fresh.stdin.write("go\n")
         fresh.stdin.flush()
@@ -215,9 +142,13 @@ def test_with_redis_no_caller_and_no_bird_notices(headland, eight, name):
         flock_ray.start(late, birds.Counter, 4)
         flock_ray.options(light=True).start(light, birds.Counter, 5)
         assert flock_ray.call(light, "get", timeout=PATIENCE) == 5
+        asked = time.monotonic()
+        told = {(type(notice), notice.name) for notice in flock_ray.events(follow=False, kinds=BirdNotice)}
+        assert time.monotonic() - asked < PATIENCE
+        assert {(BirdCrashed, victim), (BirdStarted, late), (BirdRunning, light)} <= told
         eventually(lambda: time.monotonic() > began + AWAY, "it was away for so long")
         during = cached.calls - before
-        headland.recapitate()
+        headland.head.restart()
         back = time.monotonic()
         assert flock_ray.call(late, "get", timeout=START) == 4
         started = time.monotonic() - back
@@ -226,11 +157,11 @@ def test_with_redis_no_caller_and_no_bird_notices(headland, eight, name):
         after = cached.calls
         eventually(lambda: cached.calls > after + 20 * len(eight), "calls go on")
         answer, _ = fresh.communicate("over\n", timeout=START)
-    calls, failures, longest = json.loads(answer)
-    slowest, when = cached.slowest
+    fresh_tally, calls, failures = json.loads(answer)
+    _, slowest, when = cached.slowest
     print(f"\nthe head was away for {back - began:.1f} s; cached routes: {cached}, {during} calls meanwhile")
     print(f"the longest was one of {slowest!r}, {when - began:+.1f} s after the head's death")
-    print(f"fresh caller: {calls} calls, {len(failures)} failures, longest {longest * 1000:.0f} ms")
+    print(f"fresh caller: {fresh_tally}")
     print(f"after the head's restart: started meanwhile answers in {started:.1f} s, killed meanwhile in {restarted:.1f} s")
     assert not cached.failures
     assert not failures
@@ -241,10 +172,10 @@ def test_with_redis_no_caller_and_no_bird_notices(headland, eight, name):
 
 def test_with_redis_birds_start_crash_and_move_again_after_it(headland, eight, name):
     pids = {own: flock_ray.call(own, "pid") for own in eight}
-    headland.behead()
+    headland.head.kill()
     gone = time.monotonic()
     eventually(lambda: time.monotonic() > gone + 2, "every nest has asked in vain")
-    headland.recapitate()
+    headland.head.restart()
     began = time.monotonic()
     for kind in ("own", "light"):
         own = f"{name}/new {kind}"
@@ -279,26 +210,27 @@ WITHOUT = """
 import sys, time
 import flock_ray
 from tests.cluster import birds
-from tests.cluster.conftest import eventually, init_whole
-from tests.cluster.test_head_restart import Headland, Tally
+from tests.cluster.conftest import init_whole
+from tests.cluster.test_head_restart import Headland, ten_a_second
 from tests.cluster.test_promises import runs
+from tests.support.waiting import eventually
 ground = Headland(2)
 init_whole(flock_ray.Flock("default"))
 names = [f"{kind}{i}" for kind in ("own", "light") for i in range(4)]
 for name in names:
     flock_ray.options(light="light" in name).start(name, birds.Counter)
 flock_ray.wait(names, timeout=120)
-raylets = [node.all_processes["raylet"][0].process.pid for node in [ground.head, *ground.cluster.worker_nodes]]
-with Tally(names) as tally:
+raylets = [node.all_processes["raylet"][0].process.pid for node in [ground.cluster.head_node, *ground.cluster.worker_nodes]]
+with ten_a_second(names) as tally:
     eventually(lambda: tally.calls > 5 * len(names), "routes are known")
     before = tally.calls
-    ground.behead()
+    ground.head.kill()
     eventually(lambda: tally.calls > before + 20 * len(names), "calls go on")
     assert not tally.failures, tally.failures
 pids = [*{flock_ray.call(name, "pid") for name in names}, *raylets]
 print(*pids, flush=True)
 if sys.argv[1] == "restarted":
-    ground.recapitate()
+    ground.head.restart()
     eventually(lambda: not any(map(runs, pids)), "all is lost", 120)
     try:
         flock_ray.call(names[0], "get", timeout=10)

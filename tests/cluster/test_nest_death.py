@@ -6,51 +6,23 @@ import contextlib
 import os
 import pickle
 import signal
-import threading
 import time
 
-import psutil
 import pytest
 import ray
 
 import flock_ray
 from flock_ray.runtime import cluster
 from tests.cluster import birds
-from tests.cluster.conftest import eventually, views
+from tests.cluster.conftest import views
 from tests.cluster.test_promises import nest_pid, owners, runs, settled
+from tests.support.callers import Callers
+from tests.support.diary import Diary, lives, overlap
+from tests.support.waiting import eventually
 
 NODES = 3
 #: Processes that die on purpose are not mourned for half a minute.
 ANSWER = 30
-
-
-class Diary:
-    """Notes every 20 ms, in a file, that it lives: on one machine all clocks are one."""
-
-    def __init__(self, path):
-        self.path = path
-        flock_ray.send_every(0.02, "note")
-
-    def note(self):
-        with open(self.path, "a") as file:
-            file.write(f"{time.monotonic()} {os.getpid()}\n")
-
-    def pid(self):
-        return os.getpid()
-
-
-def notes(path):
-    return [(float(when), int(pid)) for when, pid in (line.split() for line in path.read_text().splitlines())]
-
-
-def overlap(path):
-    """Seconds for which a life had noted something after its successor had."""
-    begins, ends = {}, {}
-    for when, pid in notes(path):
-        begins.setdefault(pid, when)
-        ends[pid] = when
-    order = sorted(begins, key=begins.get)
-    return max((ends[old] - begins[new] for at, old in enumerate(order) for new in order[at + 1 :]), default=0.0)
 
 
 def replicas():
@@ -70,33 +42,6 @@ def all_back(old):
         first, *others = replicas()
         return all(other == first for other in others)
     return False
-
-
-class Callers:
-    """Calls birds by routes that are known, and counts what went wrong."""
-
-    def __init__(self, names):
-        self.names, self.failures, self.calls = names, [], 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._over.set()
-        self._thread.join()
-
-    def _run(self):
-        while not self._over.is_set():
-            for name in self.names:
-                try:
-                    flock_ray.call(name, "get", timeout=5)
-                except Exception as error:
-                    self.failures.append((name, error))
-                self.calls += 1
-            time.sleep(0.1)
 
 
 @pytest.fixture
@@ -135,7 +80,7 @@ def test_no_bird_of_any_state_is_lost_with_its_nest(flyground, name, all_states,
         flock_ray.call(n, "add", 100)
     nodes = [nest.node_id for nest in flock_ray.nests()]
     old = {node: nest_pid(node) for node in (nodes if which == "all" else [flock_ray.where(leaves)])}
-    with Callers(others) as callers:
+    with Callers([others], timeout=5) as callers:
         for pid in old.values():
             os.kill(pid, signal.SIGKILL)
         began = time.monotonic()
@@ -210,19 +155,11 @@ def test_a_node_that_was_stopped_for_long_wakes_up_without_its_birds(flyground, 
             flock_ray.start(own, Diary, str(files[own]))
         flock_ray.wait(names, timeout=60)
         pids = {n: flock_ray.call(n, "pid") for n in names}
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        stopped = [raylet, *raylet.children(recursive=True)]
         began = time.monotonic()
-        for process in stopped:
-            process.suspend()
-        try:
-            eventually(lambda: all(notes(files[n])[-1][1] != pids[n] for n in names), "they live elsewhere", 20)
+        with flyground.stopped(node):
+            eventually(lambda: all(lives(files[n])[-1].pid != pids[n] for n in names), "they live elsewhere", 20)
             elsewhere = time.monotonic() - began
             time.sleep(max(0.0, began + 20 - time.monotonic()))
-        finally:
-            for process in stopped:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.resume()
         eventually(lambda: not any(runs(pid) for pid in pids.values()), "the old lives have ended", 10)
         longest = max(overlap(files[n]) for n in names)
         print(f"elsewhere after {elsewhere:.1f} s; longest overlap {longest * 1000:.0f} ms")

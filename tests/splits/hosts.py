@@ -19,10 +19,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+
+from tests.support.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ("unshare", "nsenter", "ip", "nft")
@@ -70,17 +72,6 @@ def why_not() -> str:
         check=False,
     )
     return f"network namespaces cannot be made here: {tried.stderr.strip()}" if tried.returncode else ""
-
-
-def eventually(condition: Callable[[], Any], what: str, deadline: float) -> Any:
-    """Waits until a condition holds and returns its value; fails with the last value."""
-    end, value = time.monotonic() + deadline, None
-    while time.monotonic() < end:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.05)  # between looks at the condition
-    raise AssertionError(f"not within {deadline:g} s: {what}; last seen {value!r}")
 
 
 class Place:

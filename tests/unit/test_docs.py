@@ -22,6 +22,7 @@ from flock_ray import notices
 from flock_ray.api.options import check
 from flock_ray.cli.commands import app
 from flock_ray.config import Config
+from flock_ray.runtime.metrics import METRICS
 from flock_ray.specs import BirdInfo, BirdStack, Candidate, Explanation, NestInfo, Options, Running
 
 ROOT = Path(__file__).parents[2]
@@ -268,6 +269,13 @@ def test_every_notice_is_in_its_table_with_its_level_and_fields():
         levels = dict(zip(re.findall(r"`(\w+)`", named), level.split(", "), strict=True))
         assert levels[kind.__name__] == logging.getLevelName(kind.level).lower()
         assert all(f"`{field.name}`" in text for field in fields(kind) if field.name not in common), kind
+
+
+def test_every_metric_is_in_its_table_with_its_kind_and_tags():
+    said = {row[0].strip("`"): row for row in rows(section("Metrics"))[1:]}
+    assert {name: kind for name, (_, kind, _) in said.items()} == {name: metric.kind.lower() for name, metric in METRICS.items()}
+    for name, metric in METRICS.items():
+        assert all(f"`{tag}`" in said[name][2] for tag in metric.tags if tag not in ("flock", "node"))
 
 
 @pytest.mark.parametrize("text", [README, INTERNALS], ids=["README", "INTERNALS"])
