@@ -65,7 +65,9 @@ class Wire(asyncio.Protocol):
         return self._connection.open
 
     def send(self, kind: int, number: int, body: bytes) -> None:
-        """Sends a frame as soon as it may."""
+        """Sends a frame as soon as it may; nothing once the other side has gone: uvloop raises where asyncio drops it."""
+        if self.over:
+            return
         if not self._connection.open or self._transport is None:
             self.early.append((kind, number, body))
             return

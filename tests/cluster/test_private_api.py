@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import ray
 from ray.experimental import internal_kv
 
@@ -38,6 +39,14 @@ def test_the_node_table_has_what_we_read(flyground):
     nodes = cluster.nodes()
     assert len(nodes) == 3
     assert all(node.cpus == 2 and node.raylet_port > 0 and node.ip for node in nodes.values())
+
+
+def test_a_cluster_that_runs_is_found_and_one_that_has_ended_is_not_waited_for(flyground, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", flyground.cluster.address)
+    assert cluster.running_cluster("auto") == flyground.cluster.address
+    for nobody in ("127.0.0.1:1", "ray://127.0.0.1:1", "nonsense"):
+        with pytest.raises(ConnectionError):
+            cluster.running_cluster(nobody)
 
 
 def test_an_actors_death_is_known_without_a_call(flyground):

@@ -11,6 +11,7 @@ import time
 from unittest import mock
 
 import pytest
+import uvloop
 
 from flock_ray.core import wire
 from flock_ray.core.connection import ANSWER, CALL, CONTROL, NOTE, Connection, ProtocolError, frame
@@ -85,6 +86,30 @@ def test_callers_and_hosts_ask_a_nest_from_their_threads(tmp_path):
             await loop.run_in_executor(None, lambda: link.ask(b"4").get(5))
 
     asyncio.run(go())
+
+
+def test_who_asks_and_leaves_is_answered_by_nothing(tmp_path):
+    """Found with `flock-ray top`, which ends while it waits for news: the nest's answer raised on uvloop's closed transport, and the nest
+    ended itself as one with a broken part. Any caller that died while it waited for a bird did the same."""
+
+    async def go():
+        asked = []
+        nest = Nest(tmp_path)
+        nest.door = Door(
+            SECRET, LIFE, tmp_path / "nest.sock", lambda link, kind, number, body: asked.append((link, number)), lambda *_: None
+        )
+        await nest.open()
+        link = await asyncio.get_running_loop().run_in_executor(None, lambda: DirectNestLink(SECRET, LIFE, tmp_path))
+        link.ask(b"1")
+        await until(lambda: asked, "it has asked")
+        ((wire_of_it, number),) = asked
+        link._socket.shutdown(socket.SHUT_RDWR)
+        await until(lambda: wire_of_it.over, "it has left")
+        wire_of_it.send(ANSWER, number, b"late")
+        nest.door.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(go())
 
 
 def test_nests_send_each_other_notes_of_any_length_in_order(tmp_path):
