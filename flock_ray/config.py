@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 _WHOLE = ("moves_in_flight", "max_birds", "send_window", "mailbox", "spares", "light_hosts", "light_threads", "start_argument_limit")
-_CHOICES = {"minority": ("run", "pause"), "wire": ("auto", "ray")}
+_CHOICES: dict[str, tuple[object, ...]] = {"minority": ("run", "pause"), "wire": ("auto", "ray"), "metrics": (True, False)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,8 @@ class Config:
             birds come. `None`: as many as it has CPUs.
         light_threads: how many light birds of a process may run a method at a time; those that wait for a call of theirs do not count, nor
             do `async def` methods. More lets more birds block, and costs memory; when all do, their neighbours wait.
+        metrics: do nests and callers give metrics to Ray's Prometheus endpoints? Without, each process that calls saves some 20 series of
+            Prometheus for each path that its calls take, and a nest looks at its names less.
         start_argument_limit: bytes of pickled arguments `start` takes: they are replicated to every node.
     """
 
@@ -80,6 +82,7 @@ class Config:
     spares: int = 0
     light_hosts: int | None = None
     light_threads: int = 32
+    metrics: bool = True
     start_argument_limit: int = 1_000_000
 
     def __post_init__(self) -> None:
@@ -88,8 +91,9 @@ class Config:
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.name in _CHOICES:
-                if value not in _CHOICES[setting.name]:
-                    raise ValueError(f"{setting.name} must be {' or '.join(map(repr, _CHOICES[setting.name]))}, not {value!r}")
+                choices = _CHOICES[setting.name]
+                if type(value) is not type(choices[0]) or value not in choices:
+                    raise ValueError(f"{setting.name} must be {' or '.join(map(repr, choices))}, not {value!r}")
             elif setting.name == "ports":
                 _check_ports(value)
             elif value is None and setting.name in optional:

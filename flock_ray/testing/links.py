@@ -51,6 +51,9 @@ class Cluster(Protocol):
 
     async def destroy(self, flock: str) -> None: ...
 
+    def nest_on(self, source: Node, flock: str, node: str) -> LocalNest | None:
+        """The nest of another node, if it can be reached."""
+
     def connected(self, link: HostLink) -> None:
         """Has it told when the network is split or healed."""
 
@@ -275,6 +278,13 @@ class LocalLinks:
     def nest_of(self, flock: str, node: str, door: str) -> NestLink | None:
         del flock, node, door
         return None
+
+    def nest_on(self, flock: str, node: str, door: str) -> NestLink:
+        del door
+        nest = self._cluster.nest_on(self._node, flock, node)
+        if nest is None:
+            raise Down(f"the nest of node {node!r} cannot be reached", ran=False)
+        return LocalNestLink(self._cluster.loop, nest)
 
     def nest(self, flock: str, timeout: float) -> NestLink:
         del timeout

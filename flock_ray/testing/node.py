@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import letters, wire
+from flock_ray.core.board import Board
 from flock_ray.core.registry import Registry
 from flock_ray.core.replica import Replica
 from flock_ray.core.ring import Placement
@@ -142,6 +143,7 @@ class LocalNest(Nest):
         self._hosts = Hosts(self._record, self._make_processes, self._handle, self._turned_away)
         self._hosts.adopting = False
         self._hosts.begin(self._life, node.cpus)
+        self._board = Board(self._life)
         place = partial(Pinned, network.pins[self._record.flock])
         self._registry = self.registry = SteadyRegistry(self._life, self._config, random.Random(network.draw()).random, place)
         self._letterbox = letters.Letterbox(self._life, self._unreadable)
@@ -215,6 +217,10 @@ class LocalNest(Nest):
 
     def _wall(self) -> int:
         return int(self._clock() * 1e9)
+
+    def _tick(self) -> None:
+        """A little later, as in the simulator: what is due only after a moment would never be while time stands still."""
+        self._loop.call_later(0.001, super()._tick)
 
     def _post(self, node: str, packed: bytes) -> None:
         self._place.network.post(self._place, self._record.flock, node, packed)

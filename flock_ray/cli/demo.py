@@ -1,14 +1,13 @@
 """Flock's demo, on Ray: names on a real local cluster of several raylets, a node's death, a node's joining, a crash, an exit.
 
-Every step checks what it claims against the ring, and ends the run with a clear sentence and status 1 if it is not so. Run it by
-`scripts/demo [--nodes 4] [--birds 20] [--light]`, which sets up all it needs. Bars on a terminal, plain lines elsewhere; Ctrl-C cleans up.
+Every step checks what it claims against the ring, and ends the run with a clear sentence and status 1 if it is not so. It is
+`flock-ray demo`; in a checkout `scripts/demo` sets up all that needs. Bars on a terminal, plain lines elsewhere; Ctrl-C cleans up.
 """
 
 from __future__ import annotations
 
-import argparse
+import logging
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -215,33 +214,36 @@ def local_cluster(nodes: int) -> Iterator[tuple[Cluster, list[Any]]]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         workers = [cluster.add_node(num_cpus=1) for _ in range(nodes - 1)]
-        ray.init(cluster.address, log_to_driver=False, logging_level="warning")
+        ray.init(cluster.address, log_to_driver=False, logging_level=logging.WARNING)
         yield cluster, workers
     finally:
         started = me.children(recursive=True)
         if ray.is_initialized():
             ray.shutdown()
-        cluster.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]  # Ray has no types here
         _, alive = psutil.wait_procs(started, timeout=5)
         for process in alive:
             process.kill()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nodes", type=int, default=4, help="raylets, the head's included (at least 2)")
-    parser.add_argument("--birds", type=int, default=20, help="birds to start (at least 2)")
-    parser.add_argument("--light", action="store_true", help="light birds, many in a process (Flock's own demo has 100)")
-    given = parser.parse_args()
-    if given.nodes < 2 or given.birds < 2:
-        parser.error("the demo needs at least 2 nodes and 2 birds")
-    names = [f"bird:{i}" for i in range(1, given.birds + 1)]
+def run(nodes: int, birds: int, light: bool) -> int:
+    """Shows it all.
+
+    Args:
+        nodes: raylets, the head's included; at least 2.
+        birds: to start; at least 2.
+        light: light birds.
+
+    Returns:
+        The exit code: 1 if a claim did not hold.
+    """
+    names = [f"bird:{i}" for i in range(1, birds + 1)]
     try:
-        console.print(f"starting a Ray cluster of {given.nodes} nodes")
-        with local_cluster(given.nodes) as (cluster, workers):
+        console.print(f"starting a Ray cluster of {nodes} nodes")
+        with local_cluster(nodes) as (cluster, workers):
             flock_ray.init()
-            show = Show(cluster, workers, names, given.light)
-            places = show.join(show.kill(show.start(given.nodes)))
+            show = Show(cluster, workers, names, light)
+            places = show.join(show.kill(show.start(nodes)))
             show.crash(places)
             show.exit()
             console.rule("the end")
@@ -254,7 +256,3 @@ def main() -> int:
         return 130
     console.print("Everything was as the ring says.", style="bold green")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
