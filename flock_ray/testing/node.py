@@ -123,6 +123,14 @@ class SteadyRegistry(Registry):
         super().mark(sorted(names, key=name_hash) if isinstance(names, set | frozenset) else names)
 
 
+class LocalHosts(Hosts):
+    """Hosts that are objects."""
+
+    async def stack(self, dot: Dot, born: int) -> str:
+        del dot, born
+        return "flock_ray.testing has no stacks of birds, which run in the test's own process: a debugger shows them"
+
+
 class LocalNest(Nest):
     """A nest whose network is simulated, and whose hosts are objects."""
 
@@ -140,7 +148,7 @@ class LocalNest(Nest):
         self._clock = network.loop.time
         self._frozen = sys.maxsize  # what the test's process has is not to be frozen
         self.processes: LocalProcesses
-        self._hosts = Hosts(self._record, self._make_processes, self._handle, self._turned_away)
+        self._hosts = LocalHosts(self._record, self._make_processes, self._handle, self._turned_away)
         self._hosts.adopting = False
         self._hosts.begin(self._life, node.cpus)
         self._board = Board(self._life)
