@@ -36,7 +36,8 @@ class Flock(api.Flock):
         seed: of all that is left to chance. The same seed gives the same run.
         name: of the flock.
         cpus: of each node.
-        config: settings, as `flock_ray.init` takes them. `sync_interval` is 30 s here, for there is little to be mended.
+        config: settings, as `flock_ray.init` takes them. `sync_interval` is 30 s here, for there is little to be
+            mended, and `metrics` False.
     """
 
     __test__ = False  # pytest is not to collect it
@@ -47,7 +48,7 @@ class Flock(api.Flock):
             raise ValueError(f"nodes must be at least 1, not {nodes!r}")
         Config().with_settings(**config)
         self._first = (nodes, cpus)
-        self._world_of = (seed, {"sync_interval": 30.0, **config})
+        self._world_of = (seed, {"sync_interval": 30.0, "metrics": False, **config})
         self._world: World | None = None
 
     def __enter__(self) -> Flock:

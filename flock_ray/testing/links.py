@@ -41,8 +41,6 @@ class Cluster(Protocol):
     def node_here(self) -> Node:
         """The node on which the code runs."""
 
-    nodes: dict[str, Node]
-
     def reaches(self, one: Node, other: Node) -> bool: ...
 
     def host_of(self, route: Route) -> LocalHost | None: ...
@@ -52,6 +50,9 @@ class Cluster(Protocol):
     async def ensure(self, flock: str, settings: Mapping[str, Any]) -> Config: ...
 
     async def destroy(self, flock: str) -> None: ...
+
+    def nest_on(self, source: Node, flock: str, node: str) -> LocalNest | None:
+        """The nest of another node, if it can be reached."""
 
     def connected(self, link: HostLink) -> None:
         """Has it told when the network is split or healed."""
@@ -280,10 +281,9 @@ class LocalLinks:
 
     def nest_on(self, flock: str, node: str, door: str) -> NestLink:
         del door
-        place = self._cluster.nodes[node]
-        nest = place.nests.get(flock)
-        if nest is None or nest._ending or not self._cluster.reaches(self._node, place):
-            raise Down(f"the nest of {node!r} cannot be reached", ran=False)
+        nest = self._cluster.nest_on(self._node, flock, node)
+        if nest is None:
+            raise Down(f"the nest of node {node!r} cannot be reached", ran=False)
         return LocalNestLink(self._cluster.loop, nest)
 
     def nest(self, flock: str, timeout: float) -> NestLink:

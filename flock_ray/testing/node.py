@@ -124,6 +124,14 @@ class SteadyRegistry(Registry):
         super().mark(sorted(names, key=name_hash) if isinstance(names, set | frozenset) else names)
 
 
+class LocalHosts(Hosts):
+    """Hosts that are objects."""
+
+    async def stack(self, dot: Dot, born: int) -> str:
+        del dot, born
+        return "flock_ray.testing has no stacks of birds, which run in the test's own process: a debugger shows them"
+
+
 class LocalNest(Nest):
     """A nest whose network is simulated, and whose hosts are objects."""
 
@@ -141,7 +149,7 @@ class LocalNest(Nest):
         self._clock = network.loop.time
         self._frozen = sys.maxsize  # what the test's process has is not to be frozen
         self.processes: LocalProcesses
-        self._hosts = Hosts(self._record, self._make_processes, self._handle, self._turned_away)
+        self._hosts = LocalHosts(self._record, self._make_processes, self._handle, self._turned_away)
         self._hosts.adopting = False
         self._hosts.begin(self._life, node.cpus)
         self._board = Board(self._life)
@@ -218,6 +226,10 @@ class LocalNest(Nest):
 
     def _wall(self) -> int:
         return int(self._clock() * 1e9)
+
+    def _tick(self) -> None:
+        """A little later, as in the simulator: what is due only after a moment would never be while time stands still."""
+        self._loop.call_later(0.001, super()._tick)
 
     def _post(self, node: str, packed: bytes) -> None:
         self._place.network.post(self._place, self._record.flock, node, packed)

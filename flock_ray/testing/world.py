@@ -16,6 +16,7 @@ from flock_ray.runtime.cluster import FlockLife
 from flock_ray.specs import Name, Route
 from flock_ray.testing.links import LATENCY, HostLink
 from flock_ray.testing.node import LocalHost, LocalNest, Node
+from flock_ray.testing.steady import Id
 from flock_ray.testing.virtual import VirtualLoop, here
 
 DETECTS = 2.0  # seconds until nests give up one that they do not hear, as SWIM does
@@ -105,6 +106,11 @@ class World:
     def reaches(self, one: Node, other: Node) -> bool:
         """Do messages go from one node to the other? To a dead one they do, and are refused."""
         return self._sides.get(one.id, 0) == self._sides.get(other.id, 0)
+
+    def nest_on(self, source: Node, flock: str, node: str) -> LocalNest | None:
+        target = self.nodes.get(Id(node))
+        nest = target.nests.get(flock) if target is not None and target.is_up and self.reaches(source, target) else None
+        return None if nest is None or nest.is_dead else nest
 
     def connected(self, link: HostLink) -> None:
         self._links = [kept for kept in self._links if not kept.lost()]
