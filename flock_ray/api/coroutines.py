@@ -6,11 +6,8 @@ Each is documented at its namesake in `flock_ray.api.flock.Flock`. Cancelling on
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 from flock_ray.api.batches import Batches
@@ -18,7 +15,7 @@ from flock_ray.api.bird import Bird, check_timeout
 from flock_ray.api.options import check
 from flock_ray.config import Config
 from flock_ray.runtime.batches import Caller
-from flock_ray.runtime.client import DEFAULT, client_of, let_go
+from flock_ray.runtime.client import DEFAULT, client_of, in_thread, let_go
 from flock_ray.runtime.pending import Default
 from flock_ray.specs import BirdInfo, BirdStack, Explanation, Name, NestInfo, check_name
 
@@ -223,15 +220,6 @@ class AioFlock(Batches):
         except asyncio.CancelledError:
             caller.gone.set()
             raise
-
-
-async def in_thread(work: Callable[..., T], *args: Any) -> T:
-    """Runs what blocks in a thread of its own. A pool's may all be taken by batches that wait for birds that wait for batches."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="flock_ray batch")
-    try:
-        return await asyncio.get_running_loop().run_in_executor(pool, partial(contextvars.copy_context().run, work, *args))
-    finally:
-        pool.shutdown(wait=False)
 
 
 class AioStarter:

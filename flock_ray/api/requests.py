@@ -95,7 +95,8 @@ class Requests:
         """What has happened and happens in the flock: the notices of all nests, also of those that come later.
 
         Args:
-            follow: `False` ends it where it has come to now; else it waits for more.
+            follow: `False` ends it where it has come to now; a nest that does not answer within 3 s is passed over, and a `Missed` says so.
+                Else it waits for more.
             since: seconds since the epoch: only what was noticed then or later, by the clock of each nest's node. `time.time()`: only what
                 is to come. 0: all that nests still keep.
             kinds: only these classes of `flock_ray.notices`, and those derived from them; a `Missed` comes in any case.

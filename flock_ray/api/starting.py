@@ -17,8 +17,8 @@ from ray import cloudpickle
 from ray.runtime_env import RuntimeEnv
 
 from flock_ray.api.options import resolve
-from flock_ray.runtime import cluster, payload
-from flock_ray.runtime.client import culprit
+from flock_ray.runtime import payload
+from flock_ray.runtime.client import culprit, origin_here
 from flock_ray.runtime.life import is_async
 from flock_ray.specs import Name, Spec, Stamp
 
@@ -52,7 +52,7 @@ def make_template(cls: object, given: Mapping[str, Any]) -> tuple[Spec, bytes]:
         text = f"max_concurrency={options.max_concurrency} is for birds with async def methods, or with a process of their own"
         raise TypeError(f"{text}: a light {plain.__qualname__} runs one method at a time")
     code = _pickled_class(plain)
-    origin = cluster.origin()
+    origin = origin_here()
     surroundings = {
         "env": _merged(origin.runtime_env, runtime_env),
         "job": origin.job_id,

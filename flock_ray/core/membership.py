@@ -72,15 +72,24 @@ class Membership:
     Args:
         me: this nest's life.
         jitter: gives numbers from 0 to 1 that differ between nests.
+        place: makes the placement of a view.
     """
 
-    def __init__(self, me: Life, config: Config, replica: Replica, jitter: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        me: Life,
+        config: Config,
+        replica: Replica,
+        jitter: Callable[[], float],
+        place: Callable[[Replica, frozenset[Life]], Placement] = Placement,
+    ) -> None:
+        self._place = place
         self.me = me
         self.peers: dict[Life, Peer] = {}
         self.view: frozenset[Life] = frozenset([me])
         self.number = 1
         self.ready = False
-        self.placement = Placement(replica, self.view)
+        self.placement = self._place(replica, self.view)
         self.listed: frozenset[str] | None = None  # Ray's node table
         self.whole: set[str] = {me.node}  # nodes of the last whole view (P3)
         self._config = config
@@ -96,7 +105,7 @@ class Membership:
     def booted(self, now: float) -> None:
         """This nest's own node record is known, and it may look around."""
         self._alone_at = now + self._config.bootstrap_wait
-        self.placement = Placement(self._replica, self.view)
+        self.placement = self._place(self._replica, self.view)
 
     def restored(self, view: frozenset[Life]) -> list[Life]:
         """This nest's life before had this view. Returns the nests whose nodes are to be probed.
@@ -285,7 +294,7 @@ class Membership:
 
     def _renumber(self) -> None:
         self.number += 1
-        self.placement = Placement(self._replica, self.view)
+        self.placement = self._place(self._replica, self.view)
 
     def _become_ready(self, now: float) -> None:
         if self.ready or self._alone_at is None:

@@ -92,8 +92,8 @@ def tally(nest: Registry) -> Iterator[Tally]:
         for name in names:
             pairs = nest.replica.records(name)
             status = pairs[0][1].status if len(pairs) == 1 else None
-            if status is not None and status.state == "running" and status.life in view:  # nearly always
-                counts[status.life.node, "running"] += 1
+            if status is not None and status.life in view and status.state not in ("failed", "pending"):  # nearly always
+                counts[status.life.node, status.state] += 1
             elif (bird := info(nest, name)) is not None:
                 counts[bird.node_id or "", bird.state] += 1
         yield counts

@@ -34,6 +34,7 @@ from flock_ray.core.journal import Entry
 from flock_ray.core.membership import REMEMBERED, Condition, Membership
 from flock_ray.core.records import Record
 from flock_ray.core.replica import RecordChange, Replica
+from flock_ray.core.ring import Placement
 from flock_ray.core.supervision import Supervision
 from flock_ray.core.sync import Sync
 from flock_ray.specs import Dot, Life, Name, Spec, Stamp, Status, name_hash
@@ -62,15 +63,22 @@ class Registry:
     Args:
         me: this life of the nest.
         jitter: gives numbers from 0 to 1 that differ between nests.
+        place: makes the placement of a view; all nests of a flock have to have the same.
     """
 
-    def __init__(self, me: Life, config: Config, jitter: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        me: Life,
+        config: Config,
+        jitter: Callable[[], float],
+        place: Callable[[Replica, frozenset[Life]], Placement] = Placement,
+    ) -> None:
         self.me = me
         self.config = config
         self.jitter = jitter
         self.now = 0.0
         self.replica = Replica()
-        self.membership = Membership(me, config, self.replica, jitter)
+        self.membership = Membership(me, config, self.replica, jitter, place)
         self.barrier = Barrier(self.membership, self.owns)
         self.sync = Sync(self.replica, config.retry_interval)
         self.holds = Holds()
@@ -187,6 +195,7 @@ class Registry:
                 self.notice(notices.JournalUnreadable(self.me, str(error)))
             yield
         before.end()
+        self.replica.keep_nodes(before.view)  # from a journal the long dead would come back again and again, as if new (S2)
         self._written_view = before.view
         self.replica.learn([event.node])
         for name, dot in event.exits:

@@ -188,6 +188,11 @@ class Replica:
             self.had_cpus = True
             self.nodes_version += 1
 
+    def keep_nodes(self, lives: Iterable[Life]) -> None:
+        """Drops the node records of all others, but not whether any node ever had CPUs."""
+        self.nodes = {life: self.nodes[life] for life in lives if life in self.nodes}
+        self.nodes_version += 1
+
     def forget(self, life: Life) -> bool:
         """Drops a dead life's id and node record, unless an entry still uses it (S2)."""
         if self._adders[life]:

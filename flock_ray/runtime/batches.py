@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
@@ -109,7 +108,7 @@ class Batch:
             pause = PAUSE
             try:
                 while waiting or sent:
-                    began = time.monotonic()
+                    began = self._client.clock()
                     ways = self._ways(waiting)
                     if self._seconds() == 0.0:
                         break
@@ -118,7 +117,7 @@ class Batch:
                     again = self._collect(sent, 0.0 if waiting else A_WHILE, alone)
                     waiting = sorted(waiting + again)
                     if waiting:
-                        self._sleep(began + pause - time.monotonic())
+                        self._sleep(began + pause - self._client.clock())
                         pause = min(2 * pause, LONGEST_PAUSE)
                 waiting += self._collect(sent, 0.0, alone)  # what has come meanwhile
                 if self._cast:
@@ -275,9 +274,9 @@ class Batch:
         unanswered = []
         for frame in sent:
             try:
-                until = time.monotonic() + patience
+                until = self._client.clock() + patience
                 while frame.left:
-                    again += self._take(frame, self._next_answers(frame, max(0.0, until - time.monotonic())), alone)
+                    again += self._take(frame, self._next_answers(frame, max(0.0, until - self._client.clock())), alone)
             except NoAnswer:
                 unanswered.append(frame)
                 patience = 0.0
@@ -300,7 +299,7 @@ class Batch:
 
     def _sleep(self, seconds: float) -> None:
         left = self._seconds()
-        time.sleep(max(0.0, seconds if left is None else min(seconds, left)))
+        self._client.courier.sleep(max(0.0, seconds if left is None else min(seconds, left)))
 
     def _seconds(self) -> float | None:
         """How long somebody still waits; `None` for ever."""

@@ -14,11 +14,12 @@ import time
 import uuid
 import weakref
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from flock_ray import errors
 from flock_ray.runtime import inside, payload
 from flock_ray.runtime.asks import Asks
+from flock_ray.runtime.cluster import Origin
 from flock_ray.runtime.courier import Courier
 from flock_ray.runtime.deadlines import Deadlines
 from flock_ray.runtime.lanes import Lane
@@ -30,6 +31,7 @@ from flock_ray.runtime.streams import Stream
 from flock_ray.runtime.ways import Ways
 from flock_ray.specs import Dot, Name, Route
 
+T = TypeVar("T")
 Lanes = dict[Name, Lane]  # of one caller
 Chain = tuple[tuple[str, Name], ...]  # birds that wait, as (flock, name)
 DEFAULT = Default.TIMEOUT
@@ -41,6 +43,9 @@ FLUSH_SECONDS = 1.0  # how long the end of a process, or `shutdown`, waits for c
 
 class Client:
     """Calls birds of one flock. All methods may be called from any thread; `links` is what a test replaces."""
+
+    future_type: type[CallFuture] = CallFuture
+    stream_type: type[Stream[Any]] = Stream
 
     def __init__(self, flock: str, links: Links, courier: Courier, clock: Callable[[], float] = time.monotonic) -> None:
         self.flock = flock
@@ -104,7 +109,7 @@ class Client:
         """
         message = self._message(name, dot, method, args, kwargs, timeout, retry, detached=True, lanes=lanes, chain=chain)
         message.lane.submit(message, Urgency.SOON)
-        return CallFuture(message)
+        return self.future_type(message)
 
     def stream(
         self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, timeout: float | Default | None, retry: bool
@@ -112,7 +117,7 @@ class Client:
         """Calls a generator method and returns the iterator over what it yields."""
         message = self._message(name, dot, method, args, kwargs, timeout, retry, stream=True)
         message.lane.submit(message, Urgency.NOW)
-        return Stream(message)
+        return self.stream_type(message)
 
     def cast(self, name: Name, dot: Dot | None, method: str, args: Any, kwargs: Any, lanes: Lanes | None = None) -> None:
         """Sends a message nobody waits for. `lanes` as `future`."""
@@ -251,13 +256,13 @@ class Client:
 
     def flush(self, seconds: float) -> None:
         """Waits until everything sent is answered, at most so long."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
+        until = self.clock() + seconds
+        while self.clock() < until:
             with self._lanes_lock:
                 lanes = tuple(self._lanes)
             if all(lane.idle for lane in lanes):
                 return
-            time.sleep(0.01)
+            self.courier.sleep(0.01)
 
     def forget(self) -> None:
         """Drops routes, handles and settings."""
@@ -293,7 +298,7 @@ _FORKED = (
 )
 
 
-class _Process:
+class Process:
     """What this process has."""
 
     def __init__(self) -> None:
@@ -307,6 +312,9 @@ class _Process:
         self.courier = Courier()
         self.clients: dict[str, Client] = {}
 
+    def client(self, flock: str) -> Client:
+        return Client(flock, Ways(flock, self.courier), self.courier)
+
     def forked(self) -> None:
         """This is a child: it begins anew."""
         self._parents += (self.lock, self.courier, self.clients)
@@ -314,8 +322,25 @@ class _Process:
         self._begin()
 
 
-_process = _Process()
+_process = Process()
 os.register_at_fork(after_in_child=_process.forked)
+
+
+def exchange(process: Process) -> Process:
+    """Has all that is done from here on done with what this one has. Returns what was there before."""
+    global _process  # one process has one
+    before, _process = _process, process
+    return before
+
+
+def current_process() -> Process:
+    """What `exchange` has put in place."""
+    return _process
+
+
+def origin_here() -> Origin:
+    """The surroundings of this process, for birds that it starts (V3)."""
+    return _process.links.origin()
 
 
 def client_of(flock: str) -> Client:
@@ -343,8 +368,13 @@ def client_of(flock: str) -> Client:
             if session is None:
                 _process.clients.pop(flock, None)
                 raise errors.FlockNotRunning("Ray is not initialised in this process; call ray.init() first")
-            client = _process.clients[flock] = Client(flock, Ways(flock, _process.courier), _process.courier)
+            client = _process.clients[flock] = _process.client(flock)
         return client
+
+
+async def in_thread(work: Callable[..., T], *args: Any) -> T:
+    """Runs what blocks in a thread of its own."""
+    return await _process.courier.in_thread(work, *args)
 
 
 def let_go(flock: str) -> None:

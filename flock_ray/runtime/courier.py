@@ -7,12 +7,15 @@ may block goes to `blocking`, users' callbacks to `run_callback`). A call that g
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from flock_ray.runtime import inside
 
@@ -21,6 +24,14 @@ R = TypeVar("R")
 ROUND = 0.05  # seconds; more often takes the GIL from whoever sends (a third of the rate of futures, measured), less finds lost casts later
 
 logger = logging.getLogger(__name__)
+
+
+class Gate(Protocol):
+    """What of a lock a thread needs that waits to be woken."""
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
+
+    def release(self) -> None: ...
 
 
 class Courier:
@@ -127,6 +138,27 @@ class Courier:
 
         threading.Thread(target=work, name="flock_ray blocking", daemon=True).start()
         return await done
+
+    def sleep(self, seconds: float) -> None:
+        """Lets time pass on a thread that waits for something."""
+        time.sleep(seconds)
+
+    def gate(self) -> Gate:
+        """What a thread waits at: it is closed, and whoever wants to wake the thread releases it."""
+        gate = threading.Lock()
+        gate.acquire()
+        return gate
+
+    async def in_thread(self, work: Callable[..., R], *args: Any) -> R:
+        """Runs what blocks in a thread of its own, on any loop.
+
+        A pool's may all be taken by batches that wait for birds that wait for batches.
+        """
+        pool = ThreadPoolExecutor(1, thread_name_prefix="flock_ray batch")
+        try:
+            return await asyncio.get_running_loop().run_in_executor(pool, partial(contextvars.copy_context().run, work, *args))
+        finally:
+            pool.shutdown(wait=False)
 
     def run_callback(self, what: Callable[..., object], *args: Any) -> None:
         """Runs a user's callback, which may block, in a pool of its own; what it raises is logged, as by concurrent.futures."""

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 import weakref
 from typing import TYPE_CHECKING
 
@@ -36,7 +35,7 @@ class Deadlines:
         due = slots.get(slot)
         if due is None:
             due = slots[slot] = set()
-            loop.call_later(slot * GRAIN - time.monotonic(), self._expire, slots, slot)
+            loop.call_at(slot * GRAIN, self._expire, slots, slot)
         due.add(message)
         message.due_with = due
 

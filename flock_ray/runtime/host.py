@@ -127,7 +127,7 @@ class Host:
         self.host = boot.host
         self.pid = os.getpid()
         self.node_id = node_id
-        self.scheduler = Scheduler()
+        self.scheduler = self._new_scheduler()
         self._nest = boot.nest
         self._leave_process = leave
         self.state_lock: Lock = threading.RLock()
@@ -146,6 +146,14 @@ class Host:
         self._listener: Listener | None = None
         self._parcels: dict[str, tuple[float, Response]] = {}
         self._parcel_numbers = itertools.count()
+        self._tie(link, raylet_pid)
+
+    def _new_scheduler(self) -> Scheduler:
+        return Scheduler()
+
+    def _tie(self, link: ToNest, raylet_pid: int | None) -> None:
+        """Ties this process to its nest and its raylet."""
+        boot = self.boot
         self._file = PidFile(boot.directory, boot.host)
         atexit.register(self._file.remove)
         self._link = link

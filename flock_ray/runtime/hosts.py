@@ -17,23 +17,18 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import ray
-from ray.actor import ActorHandle
 
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import wire
 from flock_ray.runtime.cluster import FlockLife
-from flock_ray.runtime.processes import LIGHT, InThread, Kind, Process, Processes, end_unknown
-from flock_ray.runtime.recorder import suspects
+from flock_ray.runtime.processes import ANSWERS, LIGHT, Kind, Process, Processes, end_unknown
+from flock_ray.runtime.replies import Down
 from flock_ray.runtime.tether import started
 from flock_ray.specs import BirdStack, Dot, Life, Name, Options
 
 CROWD = 64  # light birds in each process there is before another is started: half a second of CPU for fewer is a waste
 EMPTY = 60.0  # seconds until a process for light birds that holds none ends
-ANSWERS = 3.0  # seconds a process has to say what a bird in it does
 SOON = 60.0  # seconds within which deaths of processes for light birds count together
 
 
@@ -54,7 +49,7 @@ class Hosts:
     """All lives that a nest has in processes.
 
     Args:
-        in_thread: runs a blocking function of `cluster` in the nest's thread for it.
+        processes: makes those it will have, given what to tell of one that is gone.
         tell: takes the events of lives.
         refused: takes which host turned connections away, why, and how many.
     """
@@ -62,16 +57,14 @@ class Hosts:
     def __init__(
         self,
         record: FlockLife,
-        node: str,
-        nest: ActorHandle[Any],
-        in_thread: InThread,
+        processes: Callable[[Callable[[Process, str], object]], Processes],
         tell: Callable[..., None],
         refused: Callable[[str, str, int], object],
     ) -> None:
         self._record = record
         self._tell = tell
         self._refused = refused
-        self._processes = Processes(record, node, nest, in_thread, self._ended)
+        self._processes = processes(self._ended)
         self._directory = self._processes.directory
         self._lives: dict[tuple[Dot, int], Held] = {}
         self._kept: dict[Dot, list[Held]] = {}  # those that are over
@@ -179,14 +172,15 @@ class Hosts:
     async def stack(self, dot: Dot, born: int) -> BirdStack | str:
         """What a life does, as its process says; or why that cannot be said."""
         held = self._lives.get((dot, born))
-        handle = held.process.handle if held is not None else None
-        if held is None or handle is None:
-            return "its process is just being started" if held is not None else "its process has ended"
+        if held is None:
+            return "its process has ended"
+        if held.process.handle is None:
+            return "its process is just being started"
         try:
-            answer: bytes = await asyncio.wait_for(handle.control.remote(wire.encode(wire.StackOrder(dot))), ANSWERS)
+            answer = await self._processes.ask(held.process, wire.StackOrder(dot))
         except TimeoutError:
             return f"its process (pid {held.process.pid or 'not known yet'}) has not answered within {ANSWERS:g} s"
-        except ray.exceptions.RayError:
+        except Down:
             return "its process has just ended"
         found: BirdStack | None = pickle.loads(answer)
         return found if found is not None else "its process has not begun it yet"
@@ -314,7 +308,7 @@ class Hosts:
     def _ended(self, process: Process, why: str) -> None:
         """A process is gone, with all it held."""
         shared = process.kind.light and process.ready  # one that never came up is what these birds have asked for
-        guilty = suspects(self._directory, process.pid) if shared else frozenset()
+        guilty = self._processes.suspects(process) if shared else frozenset()
         pause = self._pause_after_death() if shared and not process.condemned else 0.0
         events: list[ev.Event] = []
         for held in [held for held in self._lives.values() if held.process is process]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,7 +58,7 @@ class LightLife(TurnLife):
     _host: LightHost
 
     def __init__(self, order: HatchOrder, host: LightHost) -> None:
-        super().__init__(order, host, Turns(1, host.state_lock))
+        super().__init__(order, host, Turns(order.spec.options.max_concurrency, host.state_lock))  # 1 where birds share a process
         self._arrivals = Arrivals()
         self._granted: Once | None = None  # what was given its turn last, and waits for a thread
 
@@ -216,10 +215,11 @@ class LightLife(TurnLife):
 
     def _serve(self, reading: Reading) -> None:
         """It is the stream's turn: makes items for its pulls, and lines up again while others wait."""
-        until = time.monotonic() + TOGETHER
+        clock = self._host.scheduler.clock
+        until = clock() + TOGETHER
         answers = Answers()
         try:
-            while reading.pulls and time.monotonic() < until:
+            while reading.pulls and clock() < until:
                 items, reply = reading.pulls.popleft()
                 for left in reversed(range(items)):
                     here = self._host.readings.get(reading.call) is reading and self.state is State.RUNNING and self._host.may_run()
@@ -229,7 +229,7 @@ class LightLife(TurnLife):
                         answers.add(caller, number, answer)
                     if self._host.readings.get(reading.call) is not reading:
                         break
-                    if left and (self._turns.wanted or time.monotonic() > until):
+                    if left and (self._turns.wanted or clock() > until):
                         reading.pulls.appendleft((left, reply))
                         return
         finally:
@@ -397,11 +397,16 @@ class LightAsyncLife(AsyncLife):
 class LightHost(AsyncHost):
     """The host of light birds: lives come and go by orders, and the process stays."""
 
+    sync_life: type[LightLife] = LightLife
+
     def __init__(self, boot: HostBoot, *args: Any, **kwargs: Any) -> None:
         super().__init__(boot, *args, **kwargs)
-        self.recorder = Recorder(boot.directory, self.pid)
+        self.recorder = self._new_recorder()
         self._kept: dict[tuple[Dot, int], HostedLife] = {}  # lives that are over, whose record or exit a nest still needs
         self._path: tuple[str, ...] = ()
+
+    def _new_recorder(self) -> Recorder:
+        return Recorder(self.boot.directory, self.pid)
 
     async def hatch(self, order: bytes) -> None:
         """Is ready for the orders to come."""
@@ -460,7 +465,7 @@ class LightHost(AsyncHost):
         if order.sys_path is not self._path:
             extend_path(order.sys_path)
             self._path = order.sys_path
-        life = self.accept(order, partial(LightAsyncLife, loop=self._loop) if order.spec.is_async else LightLife)
+        life = self.accept(order, partial(LightAsyncLife, loop=self._loop) if order.spec.is_async else self.sync_life)
         if isinstance(life, LightLife):
             life.begin()
         elif isinstance(life, LightAsyncLife):

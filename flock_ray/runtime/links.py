@@ -286,6 +286,10 @@ class RayLinks:
         except AttributeError:  # under Ray Client
             return context.get_job_id()
 
+    def origin(self) -> cluster.Origin:
+        """The surroundings of this process."""
+        return cluster.origin()
+
     def host(self, route: Route) -> Link:
         return self.ray_host(route)
 

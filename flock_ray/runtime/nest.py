@@ -44,6 +44,7 @@ from flock_ray.runtime.loglines import LogLines
 from flock_ray.runtime.members import Members
 from flock_ray.runtime.metrics import EVERY, NAMES_A_SECOND, NestMetrics
 from flock_ray.runtime.peers import Door, Wire, Wires, probe
+from flock_ray.runtime.processes import Processes
 from flock_ray.runtime.steps import Steps
 from flock_ray.runtime.tether import MARGIN, clock
 from flock_ray.runtime.tls import contexts
@@ -76,6 +77,8 @@ class Nest:
         record: the pickled `FlockLife`.
         node: the id of the node it is pinned to.
     """
+
+    look = LOOK
 
     def __init__(self, record: bytes, node: str) -> None:
         self._record: cluster.FlockLife = pickle.loads(record)
@@ -113,13 +116,19 @@ class Nest:
         self._memory_low = False
         self._pinned: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._clock: Callable[[], float] = time.monotonic
+        self._door: Door | None = None
+        self._refusals = Refusals(self._tell_refused)
+        self._enter()
+
+    def _enter(self) -> None:
+        """Takes its place in Ray: its hosts, its connections, and all that runs by itself."""
         self._me = ray.get_runtime_context().current_actor
         tls = contexts()
         self._tls = tls[0] if tls is not None else None
         self._wires = Wires(self._record.secret, self._record.life, tls[1] if tls is not None else None, self._not_sent, self._broken)
-        self._door: Door | None = None
-        self._refusals = Refusals(self._tell_refused)
-        self._hosts = Hosts(self._record, node, self._me, self._in_thread, self._handle, self._turned_away)
+        processes = partial(Processes, self._record, self._node, self._me, self._in_thread)
+        self._hosts = Hosts(self._record, processes, self._handle, self._turned_away)
         # Young objects of a burst live on, so to look for garbage among each 700 of them is in vain; more would be a longer pause.
         gc.set_threshold(5_000, 5, 10)
         _freeze()
@@ -312,7 +321,7 @@ class Nest:
         if registry is None or not (self._booted.is_set() or isinstance(events[0], ev.Booted)):
             self._early += events  # of hosts that are adopted, above all
             return
-        for effect in registry.handle_all(events, time.monotonic()):
+        for effect in registry.handle_all(events, self._clock()):
             getattr(self, f"_do_{type(effect).__name__}")(effect)
         if self._outbox and self._flush_timer is None:
             self._flush_timer = self._loop.call_at(self._flushed + FLUSH, self._steps.add, self._flush)
@@ -324,8 +333,8 @@ class Nest:
             self._steps.add(_freeze)
         if self._wake is not None:
             self._wake.cancel()
-        delay = registry.wake_at() - time.monotonic()
-        self._wake = self._loop.call_later(min(max(delay, 0.0), LOOK), self._tick)
+        delay = registry.wake_at() - self._clock()
+        self._wake = self._loop.call_later(min(max(delay, 0.0), self.look), self._tick)
 
     def _look_at_the_clock(self, registry: Registry | None) -> None:
         """A nest that was stopped (SIGSTOP, suspend) for so long that others may have its birds now asks them, as a next life does (M5)."""
@@ -445,7 +454,7 @@ class Nest:
 
     def _do_Emit(self, effect: do.Emit) -> None:
         assert self._board is not None  # there is one before there is a registry
-        self._board.add(effect.notice, time.time())
+        self._board.add(effect.notice, self._wall() / 1e9)
         self._log_lines.tell(effect.notice)
         self._metrics.noticed(effect.notice)
         if not self._news.done():
@@ -536,13 +545,16 @@ class Nest:
             if not left and not done.done():
                 done.set_result(None)
 
-        wall = time.time_ns()
+        wall = self._wall()
         for place, event in enumerate(events):
             self._replies[event.request] = partial(take, place)
         self._handle(*[_stamped(event, wall) for event in events])
         if left:
             await done
         return outcomes
+
+    def _wall(self) -> int:
+        return time.time_ns()
 
     def _refused_at_the_end(self, name: Name) -> ev.Refused:
         text = f"flock {self._record.flock!r} is being destroyed; try again when that is done"

@@ -249,7 +249,7 @@ class Pending:
     def _wait(self, until: float) -> bool:
         if self.reply is not None and not self.is_watched:
             self._wait_here(until)
-        while not self.finished and time.monotonic() < until:
+        while not self.finished and self.lane.client.clock() < until:
             reply = self.lane.reply_or_watch(self)
             if reply is None or self.is_watched:
                 self._wait_to_be_told(until)
@@ -264,7 +264,7 @@ class Pending:
         if self.fate is not None or self.finished or reply is None:
             return
         try:
-            self.lane.settle(self, reply, open_raw(reply.get(None if until == FOREVER else max(0.0, until - time.monotonic()))))
+            self.lane.settle(self, reply, open_raw(reply.get(None if until == FOREVER else max(0.0, until - self.lane.client.clock()))))
         except NoAnswer:
             return
         except Exception as error:  # `Down`; or an argument's task failed
@@ -273,10 +273,10 @@ class Pending:
     def _wait_to_be_told(self, until: float) -> None:
         """For what is with the courier."""
         late = SLACK if until == self.deadline else 0.0  # its own timeout says more
-        gate = threading.Lock()
-        gate.acquire()
+        client = self.lane.client
+        gate = client.courier.gate()
         self.when_finished(gate.release)
-        if not gate.acquire(timeout=-1 if until == FOREVER else max(0.0, until + late - time.monotonic())):
+        if not gate.acquire(timeout=-1 if until == FOREVER else max(0.0, until + late - client.clock())):
             self._tell_no_more(gate.release)
 
     # Being watched
@@ -409,11 +409,11 @@ class CallFuture(Future[Any]):
         return error
 
     def _wait(self, timeout: float | None) -> None:
-        message = self._message
+        message, client = self._message, self._message.lane.client
         if message.finished:
             return
-        message.lane.client.check_waiting(message)
-        if not message.wait(message.deadline if timeout is None else min(message.deadline, time.monotonic() + timeout)):
+        client.check_waiting(message)
+        if not message.wait(message.deadline if timeout is None else min(message.deadline, client.clock() + timeout)):
             raise TimeoutError(f"no result of {message.method!r} of bird {message.lane.name!r} in the time it was waited for")
 
     def _outcome(self) -> tuple[Any, BaseException | None]:

@@ -28,7 +28,8 @@ from flock_ray.runtime.cluster import FlockLife
 from flock_ray.runtime.host import HostBoot
 from flock_ray.runtime.listener import socket_path
 from flock_ray.runtime.peers import Wires
-from flock_ray.runtime.recorder import recorder_path
+from flock_ray.runtime.recorder import recorder_path, suspects
+from flock_ray.runtime.replies import Down
 from flock_ray.runtime.tether import pid_path
 from flock_ray.specs import Life, Options, Spec
 
@@ -37,6 +38,7 @@ logger = logging.getLogger("flock_ray.nest")
 InThread = Callable[..., Awaitable[Any]]
 FILL = 1.0  # seconds until a spare that was taken is replaced: its bird starts first
 REFILL = 10.0  # seconds until one that died is, lest one that cannot live is started again and again; the next bird has it done sooner
+ANSWERS = 3.0  # seconds a process has to answer
 AGAIN = 1.0  # seconds until a process that could not be started because Ray's head is away is started again
 KINDS = 4  # of spares that are kept
 FAREWELL = 15.0  # seconds within which a host that keeps nothing ends by itself, or is killed
@@ -91,13 +93,16 @@ class Processes:
         self._nest = nest
         self._in_thread = in_thread
         self._ended = ended
-        self._wires = Wires(record.secret, record.life, None, self._order_by_ray)
-        self.directory = cluster.session_directory(record.life)
         self._by_host: dict[str, Process] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._keeps_spares = record.config.spares > 0
         self._spares: dict[Kind, list[Process]] = {}  # by what birds were like lately, the latest last
         self.life: Life | None = None  # of the nest, once it has one
+        self._open()
+
+    def _open(self) -> None:
+        self._wires = Wires(self._record.secret, self._record.life, None, self._order_by_ray)
+        self.directory = cluster.session_directory(self._record.life)
 
     def get(self, host: str) -> Process | None:
         return self._by_host.get(host)
@@ -282,7 +287,6 @@ class Processes:
     def _gone(self, process: Process, text: str) -> None:
         if self._by_host.pop(process.host, None) is None:
             return
-        self._wires.drop(process.host)
         if process.pidfd >= 0:
             asyncio.get_running_loop().remove_reader(process.pidfd)
             os.close(process.pidfd)
@@ -292,6 +296,24 @@ class Processes:
             spares.remove(process)
             asyncio.get_running_loop().call_later(REFILL, self._fill, process.kind)
         self._ended(process, process.killed_for or text)
+        self._drop_traces(process)
+
+    async def ask(self, process: Process, order: object) -> bytes:
+        """What a process answers. Raises `TimeoutError` after `ANSWERS` seconds, and `Down` if it has ended."""
+        if process.handle is None:
+            raise Down("it has not begun", ran=False)
+        try:
+            answer: bytes = await asyncio.wait_for(process.handle.control.remote(wire.encode(order)), ANSWERS)
+        except ray.exceptions.RayError as error:
+            raise Down(str(error), ran=False) from error
+        return answer
+
+    def suspects(self, process: Process) -> frozenset[tuple[int, int]]:
+        """The birds whose code ran in a process when it ended, as (counter of the dot, number of its nest's life)."""
+        return suspects(self.directory, process.pid)
+
+    def _drop_traces(self, process: Process) -> None:
+        self._wires.drop(process.host)
         if process.pid:
             for path in (socket_path, recorder_path, pid_path):
                 path(self.directory, process.pid).unlink(missing_ok=True)

@@ -7,7 +7,6 @@ not read to its end is closed, also when nobody has it any more.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, Generic, NoReturn, TypeVar
@@ -273,7 +272,7 @@ class Stream(Generic[T_co], Iterator[T_co], AsyncIterator[T_co]):
     def _give_time(self, message: Pending) -> None:
         """Its timeout counts from when an item is waited for."""
         if message.deadline != FOREVER and self._timeout is not None and not message.finished:
-            message.deadline = max(message.deadline, time.monotonic() + self._timeout)
+            message.deadline = max(message.deadline, message.lane.client.clock() + self._timeout)
 
 
 def _close(opening: Pending | None, message: Pending, replies: list[Reply]) -> None:

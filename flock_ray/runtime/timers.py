@@ -30,14 +30,14 @@ class Scheduler:
     """Calls `entry.deliver(entry)` when it is due. The thread starts with the first entry and ends with the process."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+        self.clock = clock
         self._heap: list[tuple[float, int, Entry]] = []
         self._count = itertools.count()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
     def add(self, seconds: float, every: bool, deliver: Callable[[Entry], None]) -> Entry:
-        entry = Entry(self._clock() + seconds, seconds if every else None, deliver)
+        entry = Entry(self.clock() + seconds, seconds if every else None, deliver)
         with self._changed:
             self._push(entry)
             if self._thread is None:
@@ -52,16 +52,22 @@ class Scheduler:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._heap or self._heap[0][0] > self._clock():
-                    self._changed.wait(min(self._heap[0][0] - self._clock(), LONGEST) if self._heap else None)
+                while not self._heap or self._heap[0][0] > self.clock():
+                    self._changed.wait(min(self._heap[0][0] - self.clock(), LONGEST) if self._heap else None)
                 entry = heapq.heappop(self._heap)[2]
-                if entry.cancelled:
+                if not self._is_due(entry):
                     continue
-                if entry.period is not None:
-                    late = max(0.0, self._clock() - entry.due)
-                    entry.due += entry.period * (1 + math.floor(late / entry.period))  # on its grid; missed ticks are left out
-                    self._push(entry)
-                if entry.pending:
-                    continue
-                entry.pending = True
             entry.deliver(entry)
+
+    def _is_due(self, entry: Entry) -> bool:
+        """Its time has come: is it to be handed over? One that is repeated goes back into the schedule."""
+        if entry.cancelled:
+            return False
+        if entry.period is not None:
+            late = max(0.0, self.clock() - entry.due)
+            entry.due += entry.period * (1 + math.floor(late / entry.period))  # on its grid; missed ticks are left out
+            self._push(entry)
+        if entry.pending:
+            return False
+        entry.pending = True
+        return True

@@ -5,29 +5,18 @@ from __future__ import annotations
 import time
 
 import flock_ray
-from flock_ray.notices import NestLeft, NestRecovered, NestSuspected
+from flock_ray.notices import BirdNotice, NestLeft, NestRecovered, NestSuspected
 from tests.cluster import birds
+from tests.cluster.test_events import Reading
 from tests.cluster.test_promises import settled
 from tests.support.waiting import eventually
 
 NODES = 4
 
 
-def noticed(but=""):
-    """What the nests of the view have noticed, but that of one node."""
-    return [notice for notice in flock_ray.events(follow=False) if notice.node_id != but]
-
-
-def suspicions(node):
-    """Who has given up the nest of a node, and who hears it again."""
-    of_node = [notice for notice in noticed(but=node) if isinstance(notice, NestSuspected | NestRecovered) and notice.life.node == node]
-    given_up = {notice.by.node for notice in of_node if isinstance(notice, NestSuspected)}
-    return given_up, {notice.by.node for notice in of_node if isinstance(notice, NestRecovered)}
-
-
 def departures():
-    """All `NestLeft` among that."""
-    return [notice for notice in noticed() if isinstance(notice, NestLeft)]
+    """What nests have told of others that left."""
+    return list(flock_ray.events(follow=False, kinds=NestLeft))
 
 
 def test_no_false_death_while_16_processes_are_spawned(flyground, name):
@@ -38,7 +27,8 @@ def test_no_false_death_while_16_processes_are_spawned(flyground, name):
     flock_ray.wait(names, timeout=180)
     assert departures() == []
     second_lives = [info for info in map(flock_ray.info, names) if info.incarnation != 1]
-    assert not second_lives, [*second_lives, *(notice for notice in noticed() if getattr(notice, "name", "") in names)]
+    told = [notice for notice in flock_ray.events(follow=False, kinds=BirdNotice) if getattr(notice, "name", "") in names]
+    assert not second_lives, [*second_lives, *told]
     for own in names:
         flock_ray.stop(own)
 
@@ -68,12 +58,14 @@ def test_a_node_that_is_stopped_is_found_in_seconds_and_comes_back_by_itself(fly
     flock_ray.options(light=True).start_many([(own, birds.Counter, (i,)) for i, own in enumerate(names)])
     eventually(lambda: settled(names), "all at their owners")
     left = len(departures())
-    began = time.monotonic()
-    with flyground.stopped(node):
-        eventually(lambda: len(suspicions(node.node_id)[0]) == NODES, "all others have given it up", 10)
-        found = time.monotonic() - began
-        time.sleep(max(0.0, began + 5 - time.monotonic()))
-    eventually(lambda: len(suspicions(node.node_id)[1]) == NODES, "all others hear it again")
+    others = {nest.node_id for nest in flock_ray.nests()} - {node.node_id}
+    with Reading(since=time.time(), kinds=(NestSuspected, NestRecovered)) as reading:
+        began = time.monotonic()
+        with flyground.stopped(node):
+            eventually(lambda: reading.nests(NestSuspected, node.node_id) >= others, "all others have given it up", 10)
+            found = time.monotonic() - began
+            time.sleep(max(0.0, began + 5 - time.monotonic()))
+        eventually(lambda: reading.nests(NestRecovered, node.node_id) >= others, "all others hear it again")
     print(f"given up by all after {found:.1f} s, heard again by all {time.monotonic() - began - 5:.1f} s after its return")
     assert found < 6, "about 2 s on a quiet machine"
     assert flock_ray.call_many([(own, "get") for own in names], timeout=30) == list(range(60))

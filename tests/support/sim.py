@@ -17,11 +17,9 @@ from __future__ import annotations
 
 import heapq
 import random
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, partial
-from typing import Any
+from functools import partial
 
 from flock_ray.config import Config
 from flock_ray.core import effects as do
@@ -31,34 +29,12 @@ from flock_ray.core import messages as msg
 from flock_ray.core.membership import Condition
 from flock_ray.core.registry import Registry
 from flock_ray.specs import Dot, Life, Name, NodeRecord, Options, Spec, Stamp
+from flock_ray.testing.steady import Id
 
 CONFIG = Config(settle=0.2, nest_grace=6.0, bootstrap_wait=2.0, retry_interval=0.4, sync_interval=1.5, lookup_timeout=1.0)
 CPUS = [0.1, 0.2, 0.4]  # of a node: with whole ones a ring has ten times the points, and takes half of the time to build
 CONFIRM = 4.0  # seconds after which the detector is asked whether it still hears one whose node refused
 HOST_PATIENCE = 0.7 * CONFIG.nest_grace  # hosts end their birds earlier than their nest's peers give the nest up
-
-
-class Id(str):
-    """A string whose hash is the same in every process, so that sets are walked in the same order and a seed replays exactly."""
-
-    __slots__ = ("_hash",)
-
-    def __new__(cls, text: str) -> Id:
-        made = super().__new__(cls, text)
-        made._hash = zlib.crc32(text.encode())
-        return made
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _id, (str(self),)
-
-
-@cache
-def _id(text: str) -> Id:
-    """Reads one from a letter, which has the same few over and over."""
-    return Id(text)
 
 
 class Violation(AssertionError):

@@ -1,6 +1,7 @@
 """README and INTERNALS say what is so: blocks that run or whose names exist, all options and settings, H4's sentence, files that are there.
 
-A comment before each python block of README says how it is checked: `<!-- runnable: plain -->` is executed; `<!-- runnable: ray -->` needs
+A comment before each python block of README says how it is checked: `<!-- runnable: plain -->` is executed; `<!-- runnable: pytest -->` is
+given to pytest; `<!-- runnable: ray -->` needs
 Ray, so it is compiled, and every name of flock_ray's, method and argument in it is looked up. Those blocks are one program, in order.
 """
 
@@ -10,7 +11,10 @@ import ast
 import inspect
 import logging
 import re
+import subprocess
+import sys
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -169,12 +173,34 @@ def names_in(texts: list[str]) -> Names:
 
 def test_every_python_block_says_how_it_is_checked():
     assert README.count("```python") == len(BLOCKS)
-    assert {kind for kind, _ in BLOCKS} == {"plain", "ray"}
+    assert {kind for kind, _ in BLOCKS} == {"plain", "pytest", "ray"}
 
 
 @pytest.mark.parametrize("text", blocks("plain"))
 def test_plain_blocks_run(text):
     exec(compile(text, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("text", blocks("pytest"))
+def test_blocks_of_tests_pass(text, tmp_path):
+    """As in a project of a user's: nothing of ours but the plugin is there."""
+    (tmp_path / "test_readme.py").write_text(text)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "flock_ray.pytest_plugin",
+        "-p",
+        "no:cacheprovider",
+        "--strict-markers",
+        "-W",
+        "error",
+    ]
+    done = subprocess.run([*command, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{text.count('def test_')} passed" in done.stdout
 
 
 def test_blocks_that_need_ray_compile_and_use_names_that_exist():
@@ -281,7 +307,7 @@ def test_every_metric_is_in_its_table_with_its_kind_and_tags():
 @pytest.mark.parametrize("text", [README, INTERNALS], ids=["README", "INTERNALS"])
 def test_names_and_files_in_the_text_exist(text):
     for name in re.findall(r"`flock_ray\.(\w+)", text):
-        assert name in flock_ray.__all__, f"flock_ray.{name}"
+        assert name in flock_ray.__all__ or find_spec(f"flock_ray.{name}") is not None, f"flock_ray.{name}"
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (ROOT / target).exists(), target
     for path in re.findall(r"`((?:\w+/)+(?:\w+\.py)?|\w+\.py)[`:]", text):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -88,7 +89,7 @@ def test_orders_to_a_host_of_one_bird_go_at_once(record, monkeypatch):
 def test_an_order_to_hatch_that_was_not_sent_is_taken_back(record, monkeypatch):
     async def go():
         told = []
-        nest = hosts.Hosts(record, "a", None, None, lambda *events: told.extend(events), None)
+        nest = hosts.Hosts(record, partial(Processes, record, "a", None, None), lambda *events: told.extend(events), None)
         light = Process("light:1", Kind("", light=True), ready=True)
         monkeypatch.setattr(nest, "_light_host", lambda kind: light)
         sent = sent_by(nest._processes, monkeypatch)
@@ -118,7 +119,7 @@ def test_a_life_whose_process_ray_was_not_asked_for_yet_ends_at_once(record, mon
                 return SimpleNamespace(hatch=SimpleNamespace(remote=asked.append))
             return killed.append(work)
 
-        nest = hosts.Hosts(record, "a", None, in_thread, lambda *events: told.extend(events), None)
+        nest = hosts.Hosts(record, partial(Processes, record, "a", None, in_thread), lambda *events: told.extend(events), None)
         one = order(1)
         own = one.spec._replace(options=Options())
         nest.hatch(do.Hatch(one.name, one.dot, one.born, own, one.code, 0, 0, None, False))
