@@ -1,6 +1,6 @@
 """`flock-ray top`: nests with their load, and what happens in the flock, looked at again and again.
 
-Calls and errors are counted by the processes of birds, who tell their nests every two seconds; moves, restarts and failures are events.
+Calls and errors are counted by the processes of birds, who tell their nests every two seconds; moves, restarts and crashes are events.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from rich.text import Text
 
 from flock_ray.cli.joining import ask
 from flock_ray.cli.render import Answer, Table, View, bar, lines_of, show
-from flock_ray.notices import BirdCrashed, BirdFailed, BirdMoved, BirdRestarted
+from flock_ray.notices import BirdCrashed, BirdMoved, BirdRestarted
 
 if TYPE_CHECKING:
     from flock_ray.api.flock import Flock
     from flock_ray.specs import NestInfo
 
 BAR = 12  # columns
-WATCHED = {BirdMoved: "moves", BirdRestarted: "restarts", BirdCrashed: "crashes", BirdFailed: "failed"}
+WATCHED = {BirdMoved: "moves", BirdRestarted: "restarts", BirdCrashed: "crashes"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def answer_of(flock: str, before: Look | None, now: Look) -> Answer:
         data.append(asdict(nest) | {"calls_per_s": calls, "errors_per_s": errors} | dict(zip(WATCHED.values(), counts, strict=True)))
     states = ", ".join(f"{count} {state}" for state, count in sorted(now.states.items(), key=lambda pair: -pair[1])) or "none"
     titles = ("node", "load", "", "birds", "calls/s", "err/s", *WATCHED.values())
-    views: list[View] = [f"flock {flock}: {len(now.nests)} nests, birds: {states}", Table(titles, rows)]
+    views: list[View] = [f"flock {flock}: nests: {len(now.nests)}, birds: {states}", Table(titles, rows)]
     return Answer({"flock": flock, "states": now.states, "nests": data}, views)
 
 

@@ -170,6 +170,7 @@ def test_top_shows_rates_between_two_looks_in_80_columns():
     answer = top.answer_of("default", before, now)
     head, table = answer.view
     lines = [head, *lines_of(table, 80)]
+    assert lines[1].endswith("crashes"), "no column is cut"
     assert max(map(cell_len, lines)) <= 80 and "39 running, 1 failed" in head
     assert [table.rows[0][at] for at in (2, 3, 4, 5, 6)] == ["75 %", "30", "1000", "1", "2"]
     assert answer.data["nests"][0]["calls_per_s"] == 1000.0
