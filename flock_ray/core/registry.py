@@ -13,7 +13,7 @@ heard by it (a split, a boot or join during one, or a false death).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, get_args
@@ -489,16 +489,22 @@ class Registry:
         if changed:
             self.membership.number += 1
             self.mark(changed)
-        lacking = sorted(record.spec.options.demand for _, record in self._unplaced(placement.table()))
-        if tuple(lacking) != self._demanded:
-            self._demanded = tuple(lacking)
-            self.effect(do.Demand(self._demanded))
+        demanded = self._demands(placement.table())
+        if demanded != self._demanded:
+            self._demanded = demanded
+            self.effect(do.Demand(demanded))
 
-    def _unplaced(self, table: Any) -> Iterable[tuple[Dot, Record]]:
-        for name, node in table.items():
-            winner = self.replica.winner(name)
-            if node is None and winner is not None:
-                yield winner
+    def _demands(self, table: Mapping[Name, str | None]) -> tuple[Any, ...]:
+        """What the cluster must have room for, if something is lacking: of all birds, for Ray compares it with all that there is."""
+        if None not in table.values():
+            return ()
+        winners = filter(None, map(self.replica.winner, table))
+        return tuple(sorted(record.spec.options.demand for _, record in winners))
+
+    @property
+    def lacks_nodes(self) -> bool:
+        """Are there birds that no nest of this view can run?"""
+        return bool(self._demanded) or (bool(len(self.replica)) and not self.membership.placement.ring.weights)
 
     def _ask_barrier(self) -> None:
         if not self.membership.ready:

@@ -12,7 +12,8 @@ import pytest
 
 from flock_ray.core.ring import ring_from
 from tests.splits.birds import now, twice_until
-from tests.splits.hosts import DriverError, eventually
+from tests.splits.hosts import DriverError
+from tests.support.namespaces import eventually
 
 BOOT = 60.0  # seconds for a flock
 SIDES = 25.0  # until all birds answer on both sides of a split: a death is seen in 2 s, a lonely nest takes 9 (Lifeguard)
