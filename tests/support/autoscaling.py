@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import ray
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID as HEAD
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
 
 from tests.support.namespaces import eventually
@@ -26,18 +27,12 @@ BOOT = 180.0
 COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
 
 
-def node_id(number: int) -> str:
-    """Ids that differ at the beginning, as real ones do: the folders of nests that share a machine are named after it."""
-    return f"{number:05d}" + "f" * 51
-
-
-HEAD = node_id(0)
-
-
 class Provider(FakeMultiNodeProvider):
+    """Its nodes' ids differ at the beginning, as real ones do: the folders of nests that share a machine are named after it."""
+
     def _next_hex_node_id(self) -> str:
         self._next_node_id += 1
-        return node_id(self._next_node_id)
+        return f"{self._next_node_id:05d}" + "f" * 51
 
 
 class Autoscaled:
@@ -55,7 +50,7 @@ class Autoscaled:
         temp.mkdir()
         config, log = temp / "autoscaling.yaml", temp / "head.log"
         config.write_text(json.dumps(self._config()))
-        environment = {**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD}
+        environment = {**os.environ, "RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
         environment["PYTHONPATH"] = str(ROOT)  # for the provider, which the head imports
         environment |= {"RAY_enable_autoscaler_v2": "1", "RAY_CLOUD_INSTANCE_ID": HEAD} if version == 2 else {}
         options = ["--num-cpus=1", "--include-dashboard=false", "--object-store-memory=80000000", f"--temp-dir={temp}", "--block"]
