@@ -1,9 +1,9 @@
 """Chaos on a real local cluster: callers count what they are told, birds count what they do, and processes of every kind are killed.
 
-Birds, hosts of light birds, nests and raylets are killed; raylets are stopped for five seconds with all their workers; nodes join. It
-ends with tables, and with status 1 if a promise was broken: a name was lost, a call that reported success did not run exactly once, one
-that failed ran more than once, or two lives of a name ran at a time where H4 does not allow it. Run it by
-`scripts/chaos [--minutes 3] [--seed 1]`; Ctrl-C cleans up.
+Birds, hosts of light birds, nests and raylets are killed; raylets are stopped for five seconds with all their workers; nodes join; with
+Redis the head's control service (GCS) is killed, and is back seconds later. It ends with tables, and with status 1 if a promise was
+broken: a name was lost, a call that reported success did not run exactly once, one that failed ran more than once, or two lives of a
+name ran at a time where H4 does not allow it. Run it by `scripts/chaos [--minutes 3] [--seed 1]`; Ctrl-C cleans up.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from rich.table import Table
 import flock_ray
 from flock_ray.core.notices import NestJoined, NestLeft
 from flock_ray.runtime import cluster as ray_cluster
+from tests.support.head import NO_REDIS, Head, free_port, has_redis, redis_server
 
 WORKERS = 3  # nodes beside the head's, which stays: without it Ray starts nothing
 BIRDS = 30
@@ -45,6 +46,7 @@ CALLERS = 4
 BEAT = 0.05  # seconds between the notes of a bird that it lives
 PACE = 5.0  # seconds between two faults, on average
 STOPPED = 5.0  # seconds for which a raylet is stopped
+HEADLESS = (2.0, 8.0)  # seconds, from and to, without a GCS
 PATIENCE = 20.0  # seconds of a caller
 CALM = 120.0  # seconds in which everything has to be well after the last fault
 
@@ -140,12 +142,18 @@ class Callers:
 class Ground:
     """The cluster, and the faults that can be done to it."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, redis: str) -> None:
         self.rng = rng
+        self._deck: list[str] = []
         self.done: Counter[str] = Counter()
         self.verdicts: dict[tuple[str, str], float] = {}  # on which node which node's nest was declared dead, and when that was first seen
         self._stopped: list[tuple[float, list[psutil.Process]]] = []
-        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        self._has_redis, self._headless_until = bool(redis), 0.0
+        if redis:
+            os.environ["RAY_REDIS_ADDRESS"] = redis
+        node = {"num_cpus": 2, "include_dashboard": False, "gcs_server_port": free_port()}
+        self.cluster = Cluster(initialize_head=True, head_node_args=node)
+        self.head = Head(self.cluster)
         self.workers = [self.cluster.add_node(num_cpus=2) for _ in range(WORKERS)]
         ray.init(self.cluster.address, log_to_driver=False, logging_level="critical")
 
@@ -156,7 +164,9 @@ class Ground:
         return {nest.node_id: ray_cluster.nest_handle(life, nest.node_id) for nest in flock_ray.nests()}
 
     def look(self) -> None:
-        """Notes which nests have declared which dead."""
+        """Notes which nests have declared which dead. Their handles are found by the head."""
+        if not self.head.is_up:
+            return
         for node, handle in self._nests().items():
             with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
                 joined: dict[str, int] = {}
@@ -168,24 +178,30 @@ class Ground:
                     ):  # else its next life is there
                         self.verdicts.setdefault((node, notice.life.node), time.monotonic())
 
-    def _hosts(self, kind: str) -> list[int]:
+    def _actors(self, kind: str) -> list[int]:
         """The processes of such actors, by the name that Ray gives them. They are children of our raylets."""
         return [process.pid for process in psutil.Process().children(recursive=True) if process.name().startswith(f"ray::{kind}")]
 
     # Faults
 
     def bird(self) -> bool:
-        return self._kill_one_of(self._hosts("HostActor"))
+        return self._kill_one_of(self._actors("HostActor"))
 
     def light_host(self) -> bool:
-        return self._kill_one_of(self._hosts("LightHostActor"))
+        return self._kill_one_of(self._actors("LightHostActor"))
 
     def nest(self) -> bool:
-        _, handle = self.rng.choice(sorted(self._nests().items()))
-        return self._kill(ray.get(handle.pid.remote(), timeout=5))
+        return self._kill_one_of(self._actors("NestActor"))
+
+    def gcs(self) -> bool:
+        if not self._has_redis or not self.head.is_up:
+            return False
+        self.head.kill()
+        self._headless_until = time.monotonic() + self.rng.uniform(*HEADLESS)
+        return True
 
     def raylet(self) -> bool:
-        if len(self.workers) < 2:
+        if len(self.workers) < 2 or not self.head.is_up:
             return False
         node = self.workers.pop(self.rng.randrange(len(self.workers)))
         self.cluster.remove_node(node, allow_graceful=False)
@@ -204,7 +220,7 @@ class Ground:
         return True
 
     def join(self) -> bool:
-        if len(self.workers) >= WORKERS:
+        if len(self.workers) >= WORKERS or not self.head.is_up:
             return False
         self.workers.append(self.cluster.add_node(num_cpus=2))
         return True
@@ -218,7 +234,9 @@ class Ground:
         return True
 
     def resume(self, now: float) -> None:
-        """Lets go on what has been stopped for long enough."""
+        """Lets go on what has been stopped, or away, for long enough."""
+        if not self.head.is_up and now >= self._headless_until:
+            self.head.restart()
         for until, processes in list(self._stopped):
             if now >= until:
                 self._stopped.remove((until, processes))
@@ -226,30 +244,29 @@ class Ground:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         process.resume()
 
-    FAULTS: ClassVar = {"bird": 3, "light_host": 2, "nest": 3, "raylet": 1, "stop_raylet": 2, "join": 3}
+    FAULTS: ClassVar = {"bird": 3, "light_host": 2, "nest": 3, "raylet": 1, "stop_raylet": 2, "join": 1, "gcs": 1}
 
-    def fault(self) -> None:
-        kinds, weights = list(self.FAULTS), list(self.FAULTS.values())
-        kind = self.rng.choices(kinds, weights)[0]
-        with contextlib.suppress(ray.exceptions.RayError, TimeoutError, flock_ray.FlockError):
-            if getattr(self, kind)():
-                self.done[kind] += 1
-                console.print(f"{time.strftime('%X')} {kind}")
+    def fault(self) -> bool:
+        """Does the next that is possible now, of a shuffled deck of all: none is left out for long. Returns whether there was one."""
+        kind = next((kind for kind in self._deck if getattr(self, kind)()), None)
+        if kind is None:  # none is left, or none that is possible now
+            self._deck = [kind for kind, weight in self.FAULTS.items() for _ in range(weight)]
+            self.rng.shuffle(self._deck)
+            return False
+        self._deck.remove(kind)
+        self.done[kind] += 1
+        console.print(f"{time.strftime('%X')} {kind}")
+        return True
 
     def close(self) -> None:
         self.resume(float("inf"))
-        started = psutil.Process().children(recursive=True)
         try:
             if ray.is_initialized():
-                flock_ray.destroy()
-        except flock_ray.FlockError:
-            pass  # it did not come so far
+                with contextlib.suppress(flock_ray.FlockNotRunning):  # it did not come so far
+                    flock_ray.destroy()
         finally:
             ray.shutdown()
             self.cluster.shutdown()
-            _, alive = psutil.wait_procs(started, timeout=5)
-            for process in alive:
-                process.kill()
 
 
 def read(folder: Path) -> tuple[Counter[str], dict[str, list[Life]]]:
@@ -285,9 +302,12 @@ def second_lives(lives: dict[str, list[Life]]) -> list[tuple[str, Life, Life, fl
 def chaos(minutes: float, seed: int, folder: Path) -> bool:
     """Returns whether every promise was kept."""
     rng = random.Random(seed)
-    ground = Ground(rng)
-    callers = None
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(end_children)
+        if not has_redis():
+            console.print(f"{NO_REDIS}, so the head stays")
+        ground = Ground(rng, stack.enter_context(redis_server()) if has_redis() else "")
+        stack.callback(ground.close)
         flock_ray.init()
         wait_for("a nest on every node", lambda: len(flock_ray.nests()) == WORKERS + 1)
         names = [f"bird-{number}" for number in range(BIRDS)]
@@ -297,11 +317,11 @@ def chaos(minutes: float, seed: int, folder: Path) -> bool:
         flock_ray.wait(names, timeout=CALM)
         console.print(f"{BIRDS} birds run on {WORKERS + 1} nodes; {minutes:g} minutes of faults begin, with seed {seed}")
         callers = Callers(names, seed)
+        stack.callback(callers.end)
         end, next_fault, next_look = time.monotonic() + 60 * minutes, 0.0, 0.0
         while (now := time.monotonic()) < end:
             ground.resume(now)
-            if now >= next_fault:
-                ground.fault()
+            if now >= next_fault and ground.fault():
                 next_fault = time.monotonic() + rng.expovariate(1 / PACE)
             if now >= next_look:
                 ground.look()
@@ -310,15 +330,19 @@ def chaos(minutes: float, seed: int, folder: Path) -> bool:
         ground.resume(float("inf"))
         console.print("the faults are over")
         lost = wait_until_well(names)
+        wait_for("a nest on every node", lambda: len(flock_ray.nests()) == len(ground.workers) + 1)
         ground.look()
         told = callers.end()
-        callers = None
         time.sleep(2 * BEAT)
         return report(ground, told, lost, *read(folder))
-    finally:
-        if callers is not None:
-            callers.end()
-        ground.close()
+
+
+def end_children() -> None:
+    """What Ray has not ended."""
+    _, alive = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=5)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def wait_for(what: str, condition: Any, deadline: float = CALM) -> None:

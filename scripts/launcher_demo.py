@@ -21,7 +21,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.support.namespaces import PATH, Place, Switch, address, eventually, why_not
+from tests.support.namespaces import PATH, Place, Switch, address, why_not
+from tests.support.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = "scripts/cluster-local.yaml"

@@ -402,15 +402,14 @@ class Registry:
 
         Is nothing heard of that node for `nest_grace`, the owner does.
         """
-        pairs = self.replica.records(name)
-        if len(pairs) < 2:
+        won = self.replica.winner(name)
+        if won is None or len(self.replica.records(name)) < 2:
             if self._conflicts or self._untold:
                 self._conflicts.pop(name, None)
                 self._untold.pop(name, None)
             return
-        specs = {dot: record.spec for dot, record in pairs}
-        winner = min(specs, key=lambda dot: (specs[dot].stamp, dot))  # as `Replica.winner`
-        losers = tuple(sorted(dot for dot in specs if not specs[dot].same_bird(specs[winner])))
+        winner, record = won
+        losers = tuple(sorted(dot for dot, other in self.replica.records(name) if not other.spec.same_bird(record.spec)))
         if not losers or self._conflicts.get(name) == losers:
             return
         if winner.life.node != self.me.node:

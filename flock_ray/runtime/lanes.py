@@ -18,10 +18,11 @@ Rules kept here:
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from flock_ray import errors
@@ -37,11 +38,12 @@ if TYPE_CHECKING:
     from flock_ray.runtime.client import Client
 
 FRESH = 0.2  # seconds
-PING_SECONDS = 2.0  # a busy host is given the benefit of the doubt after this; a dead one is known before
+PING_SECONDS = 2.0  # after this the nest is asked whether the bird is still there; of a host that died it is known before
 AVOID_SECONDS = 3.0  # how long another route is insisted on; a bird can come back to where it was
 HEADS = 256  # methods (and chains) of one bird whose heads a lane keeps
 A_FEW = 256  # messages
 FULL_PAUSE = 0.02  # seconds before a bird whose mailbox was full is tried again
+LOOK = 1.0  # seconds between looks whether an answer is still waited for
 RETRY_PAUSE = 0.05  # seconds before a host that could not be reached is tried again
 
 
@@ -317,18 +319,23 @@ class Lane:
             way = self._way
             if way is None or any(message.fate is not None for message in self._sent.values()) or way.lost():
                 return False
-        return await self._ping(way.link)
+        return await self._ping(way.link, lambda: self._is_still_there(way.route))
 
-    async def _ping(self, link: Link) -> bool:
-        """Is the host there? One that is merely slow counts as there: its calls will tell."""
+    async def _ping(self, link: Link, if_silent: Callable[[], Awaitable[bool]]) -> bool:
+        """Is the host there? One that is silent is busy, or cut off: then `if_silent` has the word."""
         try:
             await answer_of(link.control(_PING), PING_SECONDS)
         except NoAnswer:
-            pass
+            if not await if_silent():
+                return False
         except Exception:  # `Down`; or a host of another kind
             return False
         link.used_at = self.client.clock()
         return True
+
+    async def _is_still_there(self, route: Route) -> bool:
+        """Does the nest too say that the bird runs there? Of a split it learns before Ray does."""
+        return await self.client.asks.locate(self.name, "running", self.client.clock() + PING_SECONDS, route.dot) == route
 
     async def _wait_for_room(self, way: Way) -> bool:
         """The bird is there, and its mailbox was full: sends again in a while, a few at a time lest all of them be refused again."""
@@ -359,7 +366,9 @@ class Lane:
                     full = self._full and not lost and way is not None and not way.lost()
                     break
             try:
-                outcome: Opened | Exception = open_raw(await answer_of(reply, None))
+                outcome: Opened | Exception = open_raw(await answer_of(reply, LOOK))
+            except NoAnswer:  # it may never come, over a network that was split; who waited for it may have given up
+                continue
             except Exception as error:  # as in `take`
                 outcome = error
             self.settle(unknown, reply, outcome)
@@ -415,7 +424,8 @@ class Lane:
                 link = await self.client.courier.blocking(self.client.links.host, route)
             except Down:
                 link = None
-            if link is not None and (self.client.clock() - link.used_at < FRESH or await self._ping(link)):
+            if_silent = functools.partial(self._is_still_there, route)
+            if link is not None and (self.client.clock() - link.used_at < FRESH or await self._ping(link, if_silent)):
                 way = self.client.learn(route, link)
                 with self.lock:
                     self._connect(way)

@@ -28,7 +28,7 @@ from flock_ray.runtime.sockets import SocketLink
 from flock_ray.runtime.tls import contexts
 from flock_ray.specs import Route
 
-AGAIN = 30.0  # seconds until a node that no socket reached is tried again
+AGAIN = 5.0  # seconds until a node that no socket reached is tried again, in the background
 
 
 class LaterReply:
@@ -181,6 +181,7 @@ class Ways(RayLinks):
         super().__init__(flock)
         self._courier = courier
         self._direct: dict[str, DirectLink] = {}
+        self._stand_ins: dict[str, tuple[Route, RayLink]] = {}  # Ray's links to hosts that should be reached by a socket
         self._unreached: dict[str, float] = {}  # until when no socket to a node is tried
         self._making: dict[str, Lock] = {}
         tls = contexts()
@@ -240,22 +241,58 @@ class Ways(RayLinks):
         link = self._direct.get(route.host)
         if link is not None and not link.lost():
             return link
+        _, stand_in = self._stand_ins.get(route.host, (None, None))
+        if stand_in is not None and not stand_in.lost():
+            return stand_in
+        if not self._may_listen(route):
+            return self.ray_host(route)
         try:
             made = self._connect(route)
         except ConnectionError:  # the host is gone, or a firewall says no: Ray knows, and is asked before a message is risked
-            by_ray = self.ray_host(route)
-            by_ray.used_at = 0.0
-            return by_ray
+            stand_in = self._stand_in(route)
+            stand_in.used_at = 0.0
+            return stand_in
         if made is None:
-            return self.ray_host(route)
-        self._direct = {name: kept for name, kept in self._direct.items() if not kept.lost()}
-        self._direct[route.host] = made
+            return self._stand_in(route)
+        self._keep(route, made)
         return made
 
+    def _keep(self, route: Route, link: DirectLink) -> None:
+        self._direct = {name: kept for name, kept in self._direct.items() if not kept.lost()}
+        self._direct[route.host] = link
+
+    def _stand_in(self, route: Route) -> RayLink:
+        """Ray's way to a host until a socket can be had. In a split a call by Ray waits, and long after its end (25 s were seen)."""
+        shared = self.ray_host(route)
+        link = RayLink(shared.handle, shared.name)  # of its own: who has a socket may use the shared one for what is too long for it
+        looking = bool(self._stand_ins)
+        self._stand_ins[route.host] = (route, link)
+        if not looking:
+            self._courier.post(lambda: self._courier.spawn(self._look_again()))
+        return link
+
+    async def _look_again(self) -> None:
+        """Tries the sockets again, and retires the stand-ins of those that can be had: lanes go on over the socket, in order."""
+        while self._stand_ins:
+            await asyncio.sleep(AGAIN)
+            for host, (route, link) in tuple(self._stand_ins.items()):
+                try:
+                    made = None if link.lost() else await self._courier.blocking(self._connect, route)
+                except ConnectionError:
+                    continue
+                if made is not None:
+                    self._keep(route, made)
+                if made is not None or link.lost():
+                    link.retire()
+                    self._stand_ins.pop(host, None)
+
+    def _may_listen(self, route: Route) -> bool:
+        return bool(route.address) and cluster.record_of(self.flock) is not None and not cluster.is_ray_client()
+
     def _connect(self, route: Route) -> DirectLink | None:
-        """A new connection; `None` if there is no way for one. Raises `ConnectionError` if nobody listens there, or not any more."""
+        """A new connection; `None` if there is no way for one now. Raises `ConnectionError` if nobody listens there, or not any more."""
         record = cluster.record_of(self.flock)
-        if not route.address or record is None or cluster.is_ray_client() or self._unreached.get(route.node, 0.0) > time.monotonic():
+        if record is None or self._unreached.get(route.node, 0.0) > time.monotonic():
             return None
         try:
             folder = cluster.folder_of(record, route.node)
@@ -270,4 +307,4 @@ class Ways(RayLinks):
         super().forget_hosts()
         for link in self._direct.values():
             link.retire()
-        self._direct = {}
+        self._direct, self._stand_ins = {}, {}

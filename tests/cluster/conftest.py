@@ -5,15 +5,16 @@ Authentication is chosen by the environment (`RAY_AUTH_MODE`), before Ray is imp
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import pickle
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 
+import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -21,10 +22,15 @@ from ray.cluster_utils import Cluster
 import flock_ray
 from flock_ray.runtime import cluster
 from flock_ray.specs import Options
+from tests.support.head import NO_REDIS, has_redis
+from tests.support.waiting import eventually
 
 DEADLINE = 60.0
 LIGHT = os.environ.get("FLOCK_RAY_TEST_LIGHT") == "1"  # as above: all birds are light that do not ask for a process of their own
 WIRE = os.environ.get("FLOCK_RAY_TEST_WIRE", "auto")  # scripts/test runs these tests over sockets, and over Ray
+
+
+NEEDS_REDIS = pytest.mark.skipif(not has_redis() and os.environ.get("CI") != "true", reason=NO_REDIS)  # which fails in CI
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -38,17 +44,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def hosting(monkeypatch: pytest.MonkeyPatch) -> None:
     if LIGHT:
         monkeypatch.setattr("flock_ray.api.options.Options", functools.partial(Options, light=True))
-
-
-def eventually(condition: Callable[[], Any], what: str, deadline: float = DEADLINE) -> Any:
-    """Waits until a condition holds and returns its value; fails with the last value."""
-    end, value = time.monotonic() + deadline, None
-    while time.monotonic() < end:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.05)  # between looks at the condition
-    raise AssertionError(f"not within {deadline:g} s: {what}; last seen {value!r}")
 
 
 def views(flock: flock_ray.Flock) -> set[int]:
@@ -81,6 +76,20 @@ class Flyground:
     def crash(self, node: Any) -> None:
         """kill -9 of a raylet; what belongs to it has to see that by itself."""
         self.cluster.remove_node(node, allow_graceful=False)
+
+    @contextlib.contextmanager
+    def stopped(self, node: Any) -> Iterator[None]:
+        """SIGSTOP of a raylet with all its workers."""
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        processes = [raylet, *raylet.children(recursive=True)]
+        for process in processes:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in processes:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.resume()
 
     def close(self) -> None:
         try:

@@ -15,7 +15,7 @@ import flock_ray
 from tests.cluster.birds import Counter
 from tests.cluster.conftest import Flyground
 from tests.support.autoscaling import Autoscaled
-from tests.support.namespaces import eventually
+from tests.support.waiting import eventually
 
 SOON = 120.0  # seconds: a node that comes is a new raylet, on a machine that has other things to do
 PERCH = {"resources": {"perch": 1.0}}

@@ -11,7 +11,7 @@ import ray
 
 import flock_ray
 from tests.cluster import birds
-from tests.cluster.conftest import eventually
+from tests.support.waiting import eventually
 
 
 @pytest.mark.parametrize(("bad", "kind"), [(1.5, "float"), (True, "bool"), (("a", ["b"]), "list"), (None, "NoneType")])

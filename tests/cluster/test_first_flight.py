@@ -10,7 +10,7 @@ import ray
 
 import flock_ray
 from tests.cluster import birds
-from tests.cluster.conftest import eventually
+from tests.support.waiting import eventually
 
 
 def test_start_call_cast_stop(flyground, name):

@@ -17,7 +17,8 @@ import ray
 import flock_ray
 from flock_ray.core.ring import ring_from
 from tests.cluster import birds
-from tests.cluster.conftest import eventually, init_whole
+from tests.cluster.conftest import init_whole
+from tests.support.waiting import eventually
 
 
 def test_two_flocks_do_not_see_each_other(flyground, name):

@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -23,10 +20,13 @@ import pytest
 
 import flock_ray
 from tests.cluster import birds
-from tests.cluster.conftest import WIRE, Flyground, eventually, init_whole
+from tests.cluster.conftest import NEEDS_REDIS, WIRE, Flyground, init_whole
 from tests.cluster.test_promises import owners, runs, settled
+from tests.support.head import Head, free_port, redis_server
+from tests.support.waiting import eventually
 
 pytestmark = [
+    NEEDS_REDIS,
     pytest.mark.skipif(WIRE == "ray", reason="without sockets whoever has never called a bird needs the head to find it: README says so"),
     pytest.mark.timeout(600),
 ]
@@ -38,60 +38,16 @@ START = 120.0  # Ray starts slowly on a busy machine
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
-
-
-@contextlib.contextmanager
-def redis_server():
-    """A Redis that keeps nothing on disk; yields `host:port`."""
-    program = shutil.which("redis-server")
-    if program is None:
-        missing = "there is no redis-server (Debian: apt-get install redis-server)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing)
-        pytest.skip(missing)
-    with tempfile.TemporaryDirectory(prefix="flock_ray_redis_") as folder:
-        port = free_port()
-        command = [program, "--bind", "127.0.0.1", "--port", str(port), "--dir", folder, "--save", "", "--appendonly", "no"]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder) as process:
-            try:
-                eventually(lambda: process.poll() is not None or answers(port), "Redis listens")
-                assert process.poll() is None, "Redis has ended"
-                yield f"127.0.0.1:{port}"
-            finally:
-                process.kill()
-
-
-def answers(port):
-    try:
-        with socket.create_connection(("127.0.0.1", port), 1) as connection:
-            connection.sendall(b"PING\r\n")
-            return connection.recv(16).startswith(b"+PONG")
-    except OSError:
-        return False
-
-
 class Headland(Flyground):
     """A cluster whose GCS can be killed and started again. Its port is fixed: everything reconnects to the address it knows."""
 
     def __init__(self, nodes):
         super().__init__(nodes, gcs_server_port=free_port())
-        self.head = self.cluster.head_node
-
-    def behead(self):
-        (gcs,) = self.head.all_processes["gcs_server"]
-        os.kill(gcs.process.pid, signal.SIGKILL)
-        gcs.process.wait(10)
-        self.head.kill_gcs_server(check_alive=False)  # it notes that there is none
-
-    def recapitate(self):
-        self.head.start_gcs_server()
+        self.head = Head(self.cluster)
 
     def close(self):
-        if "gcs_server" not in self.head.all_processes:  # a test failed in the middle
-            self.recapitate()
+        if not self.head.is_up:  # a test failed in the middle
+            self.head.restart()
         super().close()
 
 
@@ -203,7 +159,7 @@ def test_with_redis_no_caller_and_no_bird_notices(headland, eight, name):
     light = next(n for n, node in theirs.items() if node == flock_ray.where(eight[-1]))
     with fresh_driver(headland.cluster.address, eight) as fresh, Tally(eight) as cached:
         eventually(lambda: cached.calls > 5 * len(eight), "routes are known")
-        headland.behead()
+        headland.head.kill()
         began, before = time.monotonic(), cached.calls
         fresh.stdin.write("go\n")
         fresh.stdin.flush()
@@ -217,7 +173,7 @@ def test_with_redis_no_caller_and_no_bird_notices(headland, eight, name):
         assert flock_ray.call(light, "get", timeout=PATIENCE) == 5
         eventually(lambda: time.monotonic() > began + AWAY, "it was away for so long")
         during = cached.calls - before
-        headland.recapitate()
+        headland.head.restart()
         back = time.monotonic()
         assert flock_ray.call(late, "get", timeout=START) == 4
         started = time.monotonic() - back
@@ -241,10 +197,10 @@ def test_with_redis_no_caller_and_no_bird_notices(headland, eight, name):
 
 def test_with_redis_birds_start_crash_and_move_again_after_it(headland, eight, name):
     pids = {own: flock_ray.call(own, "pid") for own in eight}
-    headland.behead()
+    headland.head.kill()
     gone = time.monotonic()
     eventually(lambda: time.monotonic() > gone + 2, "every nest has asked in vain")
-    headland.recapitate()
+    headland.head.restart()
     began = time.monotonic()
     for kind in ("own", "light"):
         own = f"{name}/new {kind}"
@@ -279,26 +235,27 @@ WITHOUT = """
 import sys, time
 import flock_ray
 from tests.cluster import birds
-from tests.cluster.conftest import eventually, init_whole
+from tests.cluster.conftest import init_whole
 from tests.cluster.test_head_restart import Headland, Tally
 from tests.cluster.test_promises import runs
+from tests.support.waiting import eventually
 ground = Headland(2)
 init_whole(flock_ray.Flock("default"))
 names = [f"{kind}{i}" for kind in ("own", "light") for i in range(4)]
 for name in names:
     flock_ray.options(light="light" in name).start(name, birds.Counter)
 flock_ray.wait(names, timeout=120)
-raylets = [node.all_processes["raylet"][0].process.pid for node in [ground.head, *ground.cluster.worker_nodes]]
+raylets = [node.all_processes["raylet"][0].process.pid for node in [ground.cluster.head_node, *ground.cluster.worker_nodes]]
 with Tally(names) as tally:
     eventually(lambda: tally.calls > 5 * len(names), "routes are known")
     before = tally.calls
-    ground.behead()
+    ground.head.kill()
     eventually(lambda: tally.calls > before + 20 * len(names), "calls go on")
     assert not tally.failures, tally.failures
 pids = [*{flock_ray.call(name, "pid") for name in names}, *raylets]
 print(*pids, flush=True)
 if sys.argv[1] == "restarted":
-    ground.recapitate()
+    ground.head.restart()
     eventually(lambda: not any(map(runs, pids)), "all is lost", 120)
     try:
         flock_ray.call(names[0], "get", timeout=10)

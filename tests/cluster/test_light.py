@@ -13,8 +13,8 @@ import pytest
 
 import flock_ray
 from flock_ray.runtime import cluster
-from tests.cluster.conftest import eventually
 from tests.cluster.test_promises import nest_pid, runs
+from tests.support.waiting import eventually
 
 NODES = 2
 LIGHT = flock_ray.options(light=True, stop_timeout=2.0)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import time
 
-import psutil
 import ray
 
 import flock_ray
 from flock_ray.core.notices import NestLeft, NestRecovered, NestSuspected
 from flock_ray.runtime import cluster
 from tests.cluster import birds
-from tests.cluster.conftest import eventually
 from tests.cluster.test_promises import settled
+from tests.support.waiting import eventually
 
 NODES = 4
 
@@ -81,19 +79,11 @@ def test_a_node_that_is_stopped_is_found_in_seconds_and_comes_back_by_itself(fly
     flock_ray.options(light=True).start_many([(own, birds.Counter, (i,)) for i, own in enumerate(names)])
     eventually(lambda: settled(names), "all at their owners")
     left = len(departures())
-    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-    stopped = [raylet, *raylet.children(recursive=True)]
     began = time.monotonic()
-    for process in stopped:
-        process.suspend()
-    try:
+    with flyground.stopped(node):
         eventually(lambda: len(suspicions(node.node_id)[0]) == NODES, "all others have given it up", 10)
         found = time.monotonic() - began
         time.sleep(max(0.0, began + 5 - time.monotonic()))
-    finally:
-        for process in stopped:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.resume()
     eventually(lambda: len(suspicions(node.node_id)[1]) == NODES, "all others hear it again")
     print(f"given up by all after {found:.1f} s, heard again by all {time.monotonic() - began - 5:.1f} s after its return")
     assert found < 6, "about 2 s on a quiet machine"

@@ -9,48 +9,20 @@ import signal
 import threading
 import time
 
-import psutil
 import pytest
 import ray
 
 import flock_ray
 from flock_ray.runtime import cluster
 from tests.cluster import birds
-from tests.cluster.conftest import eventually, views
+from tests.cluster.conftest import views
 from tests.cluster.test_promises import nest_pid, owners, runs, settled
+from tests.support.diary import Diary, lives, overlap
+from tests.support.waiting import eventually
 
 NODES = 3
 #: Processes that die on purpose are not mourned for half a minute.
 ANSWER = 30
-
-
-class Diary:
-    """Notes every 20 ms, in a file, that it lives: on one machine all clocks are one."""
-
-    def __init__(self, path):
-        self.path = path
-        flock_ray.send_every(0.02, "note")
-
-    def note(self):
-        with open(self.path, "a") as file:
-            file.write(f"{time.monotonic()} {os.getpid()}\n")
-
-    def pid(self):
-        return os.getpid()
-
-
-def notes(path):
-    return [(float(when), int(pid)) for when, pid in (line.split() for line in path.read_text().splitlines())]
-
-
-def overlap(path):
-    """Seconds for which a life had noted something after its successor had."""
-    begins, ends = {}, {}
-    for when, pid in notes(path):
-        begins.setdefault(pid, when)
-        ends[pid] = when
-    order = sorted(begins, key=begins.get)
-    return max((ends[old] - begins[new] for at, old in enumerate(order) for new in order[at + 1 :]), default=0.0)
 
 
 def replicas():
@@ -210,19 +182,11 @@ def test_a_node_that_was_stopped_for_long_wakes_up_without_its_birds(flyground, 
             flock_ray.start(own, Diary, str(files[own]))
         flock_ray.wait(names, timeout=60)
         pids = {n: flock_ray.call(n, "pid") for n in names}
-        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
-        stopped = [raylet, *raylet.children(recursive=True)]
         began = time.monotonic()
-        for process in stopped:
-            process.suspend()
-        try:
-            eventually(lambda: all(notes(files[n])[-1][1] != pids[n] for n in names), "they live elsewhere", 20)
+        with flyground.stopped(node):
+            eventually(lambda: all(lives(files[n])[-1].pid != pids[n] for n in names), "they live elsewhere", 20)
             elsewhere = time.monotonic() - began
             time.sleep(max(0.0, began + 20 - time.monotonic()))
-        finally:
-            for process in stopped:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.resume()
         eventually(lambda: not any(runs(pid) for pid in pids.values()), "the old lives have ended", 10)
         longest = max(overlap(files[n]) for n in names)
         print(f"elsewhere after {elsewhere:.1f} s; longest overlap {longest * 1000:.0f} ms")

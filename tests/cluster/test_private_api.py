@@ -8,7 +8,7 @@ import ray
 from ray.experimental import internal_kv
 
 from flock_ray.runtime import cluster
-from tests.cluster.conftest import eventually
+from tests.support.waiting import eventually
 
 
 def test_the_key_value_store_puts_once_gets_lists_and_deletes(flyground):

@@ -13,7 +13,7 @@ import ray
 import flock_ray
 from flock_ray.core.ring import ring_from
 from tests.cluster import birds
-from tests.cluster.conftest import eventually
+from tests.support.waiting import eventually
 
 
 def owners(names):

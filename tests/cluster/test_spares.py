@@ -13,8 +13,8 @@ from pathlib import Path
 import flock_ray
 from flock_ray.runtime import cluster
 from tests.cluster import birds
-from tests.cluster.conftest import eventually
 from tests.cluster.test_promises import nest_pid, runs
+from tests.support.waiting import eventually
 
 NODES = 2
 SETTINGS = {"spares": 1}

@@ -17,8 +17,8 @@ import ray
 
 import flock_ray
 from tests.cluster import birds
-from tests.cluster.conftest import eventually
 from tests.cluster.test_promises import nest_pid, owners, settled
+from tests.support.waiting import eventually
 
 NODES = 3
 LIGHT = flock_ray.options(light=True)

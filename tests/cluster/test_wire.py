@@ -25,7 +25,7 @@ from flock_ray.runtime.client import client_of
 from flock_ray.runtime.links import RayLink
 from flock_ray.runtime.ways import DirectLink, DirectNestLink
 from tests.cluster import birds
-from tests.cluster.conftest import eventually
+from tests.support.waiting import eventually
 
 NODES = 2
 SETTINGS = {"wire": "auto"}

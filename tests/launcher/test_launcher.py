@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from scripts.launcher_demo import CLUSTER, missing
-from tests.support.namespaces import eventually
+from tests.support.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 WHOLE = 900  # seconds, on a machine that has other things to do

@@ -19,7 +19,7 @@ import flock_ray
 from flock_ray import Flock
 from flock_ray.runtime import cluster
 from flock_ray.runtime.client import client_of
-from tests.splits.birds import Diary
+from tests.support.diary import Diary
 
 
 def join(hosts: int) -> str:

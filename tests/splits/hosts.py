@@ -15,7 +15,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from tests.support.namespaces import Place, Switch, address, eventually
+from tests.support.namespaces import Place, Switch, address
+from tests.support.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOT = 180.0  # seconds, on a machine that has other things to do

@@ -15,10 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 TOOLS = ("unshare", "nsenter", "ip", "nft")
 PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
@@ -47,17 +44,6 @@ def why_not() -> str:
         check=False,
     )
     return f"network namespaces cannot be made here: {tried.stderr.strip()}" if tried.returncode else ""
-
-
-def eventually(condition: Callable[[], Any], what: str, deadline: float) -> Any:
-    """Waits until a condition holds and returns its value; fails with the last value."""
-    end, value = time.monotonic() + deadline, None
-    while time.monotonic() < end:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.05)  # between looks at the condition
-    raise AssertionError(f"not within {deadline:g} s: {what}; last seen {value!r}")
 
 
 class Place:

@@ -135,6 +135,19 @@ def test_a_host_too_busy_for_a_ping_gets_the_call_all_the_same(caller, monkeypat
     assert caller.call("x") == "x"
 
 
+def test_a_host_that_is_cut_off_gets_nothing_once_the_nest_knows_better(caller, monkeypatch):
+    """A caller on one side of a split went on calling the other side by Ray, and waited in vain until the heal."""
+    monkeypatch.setattr(lanes, "PING_SECONDS", 0.05)
+    host = caller.warm()
+    host.used_at, host.deaf, host.holds = time.monotonic() - 1.0, True, True
+    with pytest.raises(errors.CallTimeout):
+        caller.call("lost", timeout=0.3)
+    new = caller.world.put("a", "host:2")
+    host.used_at = time.monotonic() - 1.0
+    assert caller.call("x", timeout=5) == "x"
+    assert new.args == ["x"]
+
+
 def test_a_bird_that_comes_back_to_its_old_host_is_found_there(caller, monkeypatch):
     monkeypatch.setattr(lanes, "AVOID_SECONDS", 0.1)
     host = caller.warm()
@@ -205,6 +218,22 @@ def test_nothing_is_sent_again_while_an_earlier_message_may_still_run(caller):
     assert new.got == []
     old.got[0].result("done")
     assert (running.result(5), refused.result(5)) == ("done", "next")
+
+
+def test_what_nobody_waits_for_any_more_keeps_nothing_from_a_better_way(caller, monkeypatch):
+    """A call by Ray was not answered long after a split; its caller had given up, and all later calls waited behind it."""
+    monkeypatch.setattr(lanes, "LOOK", 0.05)
+    old = caller.warm()
+    old.holds = True
+    stuck = caller.future("stuck", timeout=0.5)
+    until(lambda: old.args == ["stuck"])
+    old.retire()
+    new = caller.world.put("a", "host:2")
+    later = caller.future("later", timeout=5)
+    with pytest.raises(errors.CallTimeout):
+        stuck.result()
+    assert later.result() == "later"
+    assert new.args == ["later"]
 
 
 def test_casts_that_were_turned_away_follow_the_bird_though_nobody_waits(caller):

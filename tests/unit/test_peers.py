@@ -8,18 +8,23 @@ import socket
 import ssl
 import threading
 import time
+from unittest import mock
 
 import pytest
 
 from flock_ray.core import wire
 from flock_ray.core.connection import ANSWER, CALL, CONTROL, NOTE, Connection, ProtocolError, frame
+from flock_ray.runtime import cluster, peers, tls
 from flock_ray.runtime import listener as listener_module
-from flock_ray.runtime import peers, tls
+from flock_ray.runtime import ways as ways_module
+from flock_ray.runtime.courier import Courier
+from flock_ray.runtime.links import RayLink
 from flock_ray.runtime.listener import Listener
 from flock_ray.runtime.peers import Door, Wires, probe
 from flock_ray.runtime.replies import Down
 from flock_ray.runtime.sockets import SocketLink
-from flock_ray.runtime.ways import DirectNestLink
+from flock_ray.runtime.ways import DirectNestLink, Ways
+from flock_ray.specs import Dot, Life, Route
 from tests.support import certificates
 
 SECRET, LIFE = b"s" * 32, "0123456789ab"
@@ -325,26 +330,53 @@ def test_refusals_are_told_together(monkeypatch):
     assert told == [("noise", 1), ("noise", 99)]
 
 
-def test_a_host_that_nobody_listens_for_is_looked_at_by_ray_before_a_message_is_risked(tmp_path, monkeypatch):
-    """Its process has just died, and its nest has not seen it yet: a message by Ray would be lost with it."""
-    from flock_ray.runtime import cluster
-    from flock_ray.runtime.links import RayLink
-    from flock_ray.runtime.ways import Ways
-    from flock_ray.specs import Dot, Life, Route
-
-    by_ray = RayLink.__new__(RayLink)
-    by_ray.used_at = time.monotonic()
+@pytest.fixture
+def ways(tmp_path, monkeypatch):
+    """To hosts that Ray reaches; there is no Ray."""
     monkeypatch.setattr(cluster, "record_of", lambda flock: type("Record", (), {"secret": SECRET, "life": LIFE}))
     monkeypatch.setattr(cluster, "folder_of", lambda record, node: tmp_path)
     monkeypatch.setattr(cluster, "is_ray_client", lambda: False)
-    monkeypatch.setattr(Ways, "ray_host", lambda self, route: by_ray)
-    ways = Ways("default", None)
+    monkeypatch.setattr(cluster, "death_watch", lambda handle: None)
+    monkeypatch.setattr(Ways, "ray_host", lambda self, route: RayLink(mock.MagicMock(), route.host))
+    return Ways("default", Courier())
+
+
+def route_to(address):
+    return Route("a", Dot(Life("node", 1), 1), 1, "node", "host:1", address)
+
+
+def test_a_host_that_nobody_listens_for_is_looked_at_by_ray_before_a_message_is_risked(ways):
+    """Its process has just died, and its nest has not seen it yet: a message by Ray would be lost with it."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]} 1.sock"
-    route = Route("a", Dot(Life("node", 1), 1), 1, "node", "host:1", address)
-    assert ways.host(route) is by_ray
-    assert by_ray.used_at == 0.0
+    link = ways.host(route_to(address))
+    assert (link.path, link.used_at) == ("ray", 0.0)
     assert not ways._making
+
+
+def test_ray_stands_in_for_a_socket_only_until_it_can_be_had(ways, tmp_path, monkeypatch):
+    """A caller that was sent to Ray during a split stayed there, and Ray answered it long after the heal."""
+    monkeypatch.setattr(ways_module, "AGAIN", 0.05)
+    folder = tmp_path / "later"
+    monkeypatch.setattr(cluster, "folder_of", lambda record, node: folder)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    route = route_to(f"127.0.0.1:{port} 1.sock")
+    link = ways.host(route)
+    assert link.path == "ray"
+    assert ways.host(route) is link
+    folder.mkdir()
+    ears = Listener(SECRET, LIFE, folder / "1.sock", "127.0.0.1", (port, port), 1, 10, None, None, lambda body: b"")
+    ears.start()
+    try:
+        end = time.monotonic() + 10
+        while not link.lost() and time.monotonic() < end:
+            time.sleep(0.01)
+        assert link.lost(), "lanes ask for another"
+        assert ways.host(route).path in ("unix", "tcp")
+        assert not ways._stand_ins
+    finally:
+        ears.close()
 
 
 def test_a_way_that_ends_is_told_and_one_that_was_dropped_is_not(tmp_path):
