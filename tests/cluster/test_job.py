@@ -25,10 +25,8 @@ def test_the_demo_runs_as_a_job() -> None:
         assert cluster.head_node is not None
         command = COMMAND.replace("head.example:8265", cluster.head_node.address_info["webui_url"])
         assert command != COMMAND
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        job = subprocess.run(
-            command.split(), cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=240, check=False
-        )
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        job = subprocess.run(command.split(), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
     finally:
         cluster.shutdown()
     said = job.stdout + job.stderr
