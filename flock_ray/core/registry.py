@@ -13,7 +13,7 @@ heard by it (a split, a boot or join during one, or a false death).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, get_args
@@ -33,6 +33,7 @@ from flock_ray.core.journal import Entry
 from flock_ray.core.membership import REMEMBERED, Condition, Membership
 from flock_ray.core.records import Record
 from flock_ray.core.replica import RecordChange, Replica
+from flock_ray.core.ring import Placement
 from flock_ray.core.supervision import Supervision
 from flock_ray.core.sync import Sync
 from flock_ray.specs import Dot, Life, Name, Spec, Stamp, Status, name_hash
@@ -97,7 +98,7 @@ class Registry:
         self._conflicts: dict[Name, tuple[Dot, ...]] = {}
         self._untold: dict[Name, float] = {}  # conflicts that another node is to tell, and when this one does
         self._demanded: tuple[Any, ...] = ()
-        self._placed_seen: tuple[object, int] | None = None
+        self._placed_seen: tuple[object, int, bool] | None = None
 
     # The two ways in
 
@@ -480,7 +481,7 @@ class Registry:
     def placement_changed(self) -> None:
         """Placed names have new owners: like a view of its own, or answers given before could be taken for later ones (M3)."""
         placement = self.membership.placement
-        seen = (placement, self.replica.version)
+        seen = (placement, self.replica.version, bool(len(self.replica)))
         if seen == self._placed_seen:
             return
         self._placed_seen = seen
@@ -488,22 +489,23 @@ class Registry:
         if changed:
             self.membership.number += 1
             self.mark(changed)
-        demanded = self._demands(placement.table())
+        demanded = self._demands(placement)
         if demanded != self._demanded:
             self._demanded = demanded
             self.effect(do.Demand(demanded))
 
-    def _demands(self, table: Mapping[Name, str | None]) -> tuple[Any, ...]:
+    def _demands(self, placement: Placement) -> tuple[Any, ...]:
         """What the cluster must have room for, if something is lacking: of all birds, for Ray compares it with all that there is."""
-        if None not in table.values():
+        table, homeless = placement.table(), bool(len(self.replica)) and not any(placement.ring.weights.values())
+        if None not in table.values() and not homeless:
             return ()
         winners = filter(None, map(self.replica.winner, table))
-        return tuple(sorted(record.spec.options.demand for _, record in winners))
+        return tuple(sorted([*(record.spec.options.demand for _, record in winners), *[(("CPU", 1.0),)] * homeless]))
 
     @property
     def lacks_nodes(self) -> bool:
         """Are there birds that no nest of this view can run?"""
-        return bool(self._demanded) or (bool(len(self.replica)) and not self.membership.placement.ring.weights)
+        return bool(self._demanded)
 
     def _ask_barrier(self) -> None:
         if not self.membership.ready:

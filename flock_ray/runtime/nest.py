@@ -456,7 +456,7 @@ class Nest:
             self._loop.call_later(CONFIRM, self._members.confirm, life)
 
     def _do_Demand(self, effect: do.Demand) -> None:
-        bundles = [dict(bundle) for bundle in effect.bundles]
+        bundles = [dict(bundle) for bundle in effect.bundles if bundle]  # labels alone cannot be asked for
         self._task(self._in_background(cluster.request_resources, bundles))
 
     def _do_Reply(self, effect: do.Reply) -> None:
