@@ -17,10 +17,8 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,12 +36,14 @@ from rich.table import Table
 import flock_ray
 from flock_ray.core.notices import NestJoined, NestLeft
 from flock_ray.runtime import cluster as ray_cluster
+from tests.support.callers import Callers
+from tests.support.diary import EVERY, Audit, Diary, Life, overlaps, runs
 from tests.support.head import NO_REDIS, Head, free_port, has_redis, redis_server
 
 WORKERS = 3  # nodes beside the head's, which stays: without it Ray starts nothing
 BIRDS = 30
 CALLERS = 4
-BEAT = 0.05  # seconds between the notes of a bird that it lives
+PACE_OF_CALLS = 0.02  # seconds between two calls of each
 PACE = 5.0  # seconds between two faults, on average
 STOPPED = 5.0  # seconds for which a raylet is stopped
 HEADLESS = (2.0, 8.0)  # seconds, from and to, without a GCS
@@ -51,92 +51,6 @@ PATIENCE = 20.0  # seconds of a caller
 CALM = 120.0  # seconds in which everything has to be well after the last fault
 
 console = Console(highlight=False, soft_wrap=True)
-
-
-class Ledger:
-    """A bird that notes in a file of its process what it does, and that it lives. All processes of a machine have the same clock."""
-
-    def __init__(self, folder: str) -> None:
-        me = flock_ray.me()
-        self.calls = 0
-        self.who = f"{me.name} {os.getpid()} {id(self)} {me.node_id}"
-        self.file = os.open(f"{folder}/{os.getpid()}", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-        self.beat()
-        flock_ray.send_every(BEAT, "beat")
-
-    def note(self, what: str) -> None:
-        os.write(self.file, f"{what} {time.monotonic():.6f} {self.who}\n".encode())
-
-    def beat(self) -> None:
-        self.note("beat")
-
-    def run(self, ticket: str) -> int:
-        self.note(f"run:{ticket}")
-        self.calls += 1
-        return self.calls
-
-    def on_stop(self, reason: str) -> None:
-        self.note(f"end:{reason}")
-        os.close(self.file)
-
-    def hand_over(self) -> int:
-        return self.calls
-
-    def take_over(self, calls: int) -> None:
-        self.calls = calls
-
-
-@dataclass
-class Life:
-    """One life of a name, by its notes."""
-
-    node: str
-    first: float
-    last: float
-
-
-@dataclass
-class Told:
-    """What callers were told."""
-
-    outcomes: Counter[str] = field(default_factory=Counter)
-    fates: dict[str, bool] = field(default_factory=dict)  # of each ticket: did the call report success?
-    answered: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-
-
-class Callers:
-    """Threads that call random names until it is over."""
-
-    def __init__(self, names: list[str], seed: int) -> None:
-        self.names, self.told = names, Told()
-        self._lock = threading.Lock()
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(number, random.Random(seed + number))) for number in range(CALLERS)]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self, number: int, rng: random.Random) -> None:
-        made = 0
-        while not self._over.is_set():
-            made += 1
-            name, ticket = rng.choice(self.names), f"{number}.{made}"
-            try:
-                flock_ray.call(name, "run", ticket, timeout=PATIENCE)
-                outcome, ok = "answered", True
-            except flock_ray.FlockError as error:
-                outcome, ok = type(error).__name__, False
-            with self._lock:
-                self.told.outcomes[outcome] += 1
-                self.told.fates[ticket] = ok
-                if ok:
-                    self.told.answered[name].append(time.monotonic())
-            self._over.wait(rng.uniform(0, 0.04))
-
-    def end(self) -> Told:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-        return self.told
 
 
 class Ground:
@@ -269,36 +183,6 @@ class Ground:
             self.cluster.shutdown()
 
 
-def read(folder: Path) -> tuple[Counter[str], dict[str, list[Life]]]:
-    """How often each ticket ran, and the lives of each name."""
-    ran: Counter[str] = Counter()
-    lives: dict[tuple[str, str, str], Life] = {}
-    for path in folder.iterdir():
-        for line in path.read_text().splitlines():
-            parts = line.split()
-            if len(parts) != 6:
-                continue  # killed in the middle of it
-            what, when, name, pid, number, node = parts
-            if what.startswith("run:"):
-                ran[what.removeprefix("run:")] += 1
-            life = lives.setdefault((name, pid, number), Life(node, float(when), float(when)))
-            life.first, life.last = min(life.first, float(when)), max(life.last, float(when))
-    by_name: dict[str, list[Life]] = defaultdict(list)
-    for (name, _, _), life in lives.items():
-        by_name[name].append(life)
-    return ran, by_name
-
-
-def second_lives(lives: dict[str, list[Life]]) -> list[tuple[str, Life, Life, float]]:
-    """Lives of one name that overlap, and for how many seconds."""
-    found = []
-    for name, those in lives.items():
-        those.sort(key=lambda life: life.first)
-        for at, one in enumerate(those):
-            found += [(name, one, other, min(one.last, other.last) - other.first) for other in those[at + 1 :] if other.first < one.last]
-    return found
-
-
 def chaos(minutes: float, seed: int, folder: Path) -> bool:
     """Returns whether every promise was kept."""
     rng = random.Random(seed)
@@ -313,10 +197,10 @@ def chaos(minutes: float, seed: int, folder: Path) -> bool:
         names = [f"bird-{number}" for number in range(BIRDS)]
         for number, name in enumerate(names):
             starter = flock_ray.options(light=number % 2 == 0, ack="peer", max_restarts=1_000_000, stop_timeout=5.0)
-            starter.start(name, Ledger, str(folder))
+            starter.start(name, Diary, str(folder / name))
         flock_ray.wait(names, timeout=CALM)
         console.print(f"{BIRDS} birds run on {WORKERS + 1} nodes; {minutes:g} minutes of faults begin, with seed {seed}")
-        callers = Callers(names, seed)
+        callers = Callers([names] * CALLERS, "run", tickets=True, timeout=PATIENCE, pace=PACE_OF_CALLS)
         stack.callback(callers.end)
         end, next_fault, next_look = time.monotonic() + 60 * minutes, 0.0, 0.0
         while (now := time.monotonic()) < end:
@@ -332,9 +216,9 @@ def chaos(minutes: float, seed: int, folder: Path) -> bool:
         lost = wait_until_well(names)
         wait_for("a nest on every node", lambda: len(flock_ray.nests()) == len(ground.workers) + 1)
         ground.look()
-        told = callers.end()
-        time.sleep(2 * BEAT)
-        return report(ground, told, lost, *read(folder))
+        callers.end()
+        time.sleep(2 * EVERY)
+        return report(ground, callers, lost, folder)
 
 
 def end_children() -> None:
@@ -357,18 +241,15 @@ def wait_until_well(names: list[str]) -> list[str]:
     """The names that do not answer `CALM` seconds after the last fault."""
     lost, end = names, time.monotonic() + CALM
     while lost and time.monotonic() < end:
-        answers = flock_ray.call_many(
-            [(name, "run", (f"well.{name}.{time.monotonic()}",)) for name in lost], timeout=10, return_exceptions=True
-        )
+        answers = flock_ray.call_many([(name, "run", (f"well.{name}",)) for name in lost], timeout=10, return_exceptions=True)
         lost = [name for name, answer in zip(lost, answers, strict=True) if isinstance(answer, BaseException)]
     return lost
 
 
-def report(ground: Ground, told: Told, lost: list[str], ran: Counter[str], lives: dict[str, list[Life]]) -> bool:
+def report(ground: Ground, told: Callers, lost: list[str], folder: Path) -> bool:
     """Says what happened."""
-    not_once = [ticket for ticket, ok in told.fates.items() if ok and ran[ticket] != 1]
-    twice = [ticket for ticket, ok in told.fates.items() if not ok and ran[ticket] > 1]
-    doubles = second_lives(lives)
+    audit = Audit(told.fates, runs(folder.iterdir()))
+    doubles = [(path.name, *double) for path in folder.iterdir() for double in overlaps(path)]
     allowed = [double for double in doubles if is_allowed(ground, *double[1:3])]
     longest = max((double[3] for double in doubles), default=0.0)
     silence, silent, until = max(
@@ -383,14 +264,14 @@ def report(ground: Ground, told: Told, lost: list[str], ran: Counter[str], lives
         console.print(table)
     table = Table(title="promises", show_header=False)
     table.add_row("names lost", f"{len(lost)} {' '.join(lost)}")
-    table.add_row("calls that reported success and did not run exactly once", str(len(not_once)))
-    table.add_row("calls that failed and ran more than once", str(len(twice)))
+    table.add_row("calls that reported success and did not run exactly once", str(len(audit.not_once)))
+    table.add_row("calls that failed and ran more than once", str(len(audit.twice)))
     table.add_row("second lives of a name: in all, allowed by H4, the longest", f"{len(doubles)}, {len(allowed)}, {longest:.2f} s")
     table.add_row("longest time for which a name did not answer", f"{silence:.1f} s ({silent}, from {since})")
     console.print(table)
     for name, one, other, seconds in doubles:
         console.print(f"{name} ran on {one.node[:8]} and on {other.node[:8]} for {seconds:.2f} s")
-    kept = not lost and not not_once and not twice and len(allowed) == len(doubles)
+    kept = not lost and not audit.not_once and not audit.twice and len(allowed) == len(doubles)
     console.print("every promise was kept" if kept else "A PROMISE WAS BROKEN")
     return kept
 

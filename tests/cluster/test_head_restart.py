@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -22,6 +21,7 @@ import flock_ray
 from tests.cluster import birds
 from tests.cluster.conftest import NEEDS_REDIS, WIRE, Flyground, init_whole
 from tests.cluster.test_promises import owners, runs, settled
+from tests.support.callers import Callers
 from tests.support.head import Head, free_port, redis_server
 from tests.support.waiting import eventually
 
@@ -64,53 +64,23 @@ def headland():
             ground.close()
 
 
-class Tally:
-    """Calls every bird ten times a second, and notes what failed and how long the longest took."""
-
-    def __init__(self, names):
-        self.names, self.failures, self.calls, self.longest = names, [], 0, 0.0
-        self.slowest = ("", 0.0)  # and when it began
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(name,)) for name in names]
-
-    def __enter__(self):
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-
-    def _run(self, name):
-        while not self._over.wait(0.1):
-            began = time.monotonic()
-            try:
-                flock_ray.call(name, "get", timeout=PATIENCE)
-            except Exception as error:
-                self.failures.append(f"{name}: {error!r}")
-            self.calls += 1
-            took = time.monotonic() - began
-            if took > self.longest:
-                self.longest, self.slowest = took, (name, began)
-
-    def __str__(self):
-        return f"{self.calls} calls, {len(self.failures)} failures, longest {self.longest * 1000:.0f} ms"
+def ten_a_second(names):
+    """Calls each bird ten times a second."""
+    return Callers([[name] for name in names], timeout=PATIENCE)
 
 
 #: A driver that is connected to Ray before the GCS dies, and has called nobody: it begins when it is told to.
 FRESH = """
 import json, sys
 import ray
-from tests.cluster.test_head_restart import Tally
+from tests.cluster.test_head_restart import ten_a_second
 address, *names = sys.argv[1:]
 ray.init(address, namespace="other", log_to_driver=False, logging_level="ERROR")
 print("connected", flush=True)
 sys.stdin.readline()
-with Tally(names) as tally:
+with ten_a_second(names) as tally:
     sys.stdin.readline()
-print(json.dumps([tally.calls, tally.failures, tally.longest]), flush=True)
+print(json.dumps([str(tally), tally.calls, tally.failures]), flush=True)
 """
 
 
@@ -157,7 +127,7 @@ def test_with_redis_no_caller_and_no_bird_notices(headland, eight, name):
     killed = flock_ray.call(victim, "pid", timeout=START)
     theirs = owners([f"{late}/{i}" for i in range(100)])
     light = next(n for n, node in theirs.items() if node == flock_ray.where(eight[-1]))
-    with fresh_driver(headland.cluster.address, eight) as fresh, Tally(eight) as cached:
+    with fresh_driver(headland.cluster.address, eight) as fresh, ten_a_second(eight) as cached:
         eventually(lambda: cached.calls > 5 * len(eight), "routes are known")
         headland.head.kill()
         began, before = time.monotonic(), cached.calls
@@ -182,11 +152,11 @@ def test_with_redis_no_caller_and_no_bird_notices(headland, eight, name):
         after = cached.calls
         eventually(lambda: cached.calls > after + 20 * len(eight), "calls go on")
         answer, _ = fresh.communicate("over\n", timeout=START)
-    calls, failures, longest = json.loads(answer)
-    slowest, when = cached.slowest
+    fresh_tally, calls, failures = json.loads(answer)
+    _, slowest, when = cached.slowest
     print(f"\nthe head was away for {back - began:.1f} s; cached routes: {cached}, {during} calls meanwhile")
     print(f"the longest was one of {slowest!r}, {when - began:+.1f} s after the head's death")
-    print(f"fresh caller: {calls} calls, {len(failures)} failures, longest {longest * 1000:.0f} ms")
+    print(f"fresh caller: {fresh_tally}")
     print(f"after the head's restart: started meanwhile answers in {started:.1f} s, killed meanwhile in {restarted:.1f} s")
     assert not cached.failures
     assert not failures
@@ -236,7 +206,7 @@ import sys, time
 import flock_ray
 from tests.cluster import birds
 from tests.cluster.conftest import init_whole
-from tests.cluster.test_head_restart import Headland, Tally
+from tests.cluster.test_head_restart import Headland, ten_a_second
 from tests.cluster.test_promises import runs
 from tests.support.waiting import eventually
 ground = Headland(2)
@@ -246,7 +216,7 @@ for name in names:
     flock_ray.options(light="light" in name).start(name, birds.Counter)
 flock_ray.wait(names, timeout=120)
 raylets = [node.all_processes["raylet"][0].process.pid for node in [ground.cluster.head_node, *ground.cluster.worker_nodes]]
-with Tally(names) as tally:
+with ten_a_second(names) as tally:
     eventually(lambda: tally.calls > 5 * len(names), "routes are known")
     before = tally.calls
     ground.head.kill()

@@ -6,7 +6,6 @@ import contextlib
 import os
 import pickle
 import signal
-import threading
 import time
 
 import pytest
@@ -17,6 +16,7 @@ from flock_ray.runtime import cluster
 from tests.cluster import birds
 from tests.cluster.conftest import views
 from tests.cluster.test_promises import nest_pid, owners, runs, settled
+from tests.support.callers import Callers
 from tests.support.diary import Diary, lives, overlap
 from tests.support.waiting import eventually
 
@@ -42,33 +42,6 @@ def all_back(old):
         first, *others = replicas()
         return all(other == first for other in others)
     return False
-
-
-class Callers:
-    """Calls birds by routes that are known, and counts what went wrong."""
-
-    def __init__(self, names):
-        self.names, self.failures, self.calls = names, [], 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._over.set()
-        self._thread.join()
-
-    def _run(self):
-        while not self._over.is_set():
-            for name in self.names:
-                try:
-                    flock_ray.call(name, "get", timeout=5)
-                except Exception as error:
-                    self.failures.append((name, error))
-                self.calls += 1
-            time.sleep(0.1)
 
 
 @pytest.fixture
@@ -107,7 +80,7 @@ def test_no_bird_of_any_state_is_lost_with_its_nest(flyground, name, all_states,
         flock_ray.call(n, "add", 100)
     nodes = [nest.node_id for nest in flock_ray.nests()]
     old = {node: nest_pid(node) for node in (nodes if which == "all" else [flock_ray.where(leaves)])}
-    with Callers(others) as callers:
+    with Callers([others], timeout=5) as callers:
         for pid in old.values():
             os.kill(pid, signal.SIGKILL)
         began = time.monotonic()

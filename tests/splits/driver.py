@@ -19,6 +19,7 @@ import flock_ray
 from flock_ray import Flock
 from flock_ray.runtime import cluster
 from flock_ray.runtime.client import client_of
+from tests.support.callers import Callers
 from tests.support.diary import Diary
 
 
@@ -94,43 +95,18 @@ def processes(flock: str) -> int:
     return 0 if record is None else len(list(cluster.session_directory(record.life).glob("*.json")))
 
 
-class Callers:
-    """Calls birds again and again, and counts what goes wrong. With `retry` a call may run twice."""
-
-    def __init__(self, flock: str, names: list[str], retry: bool) -> None:
-        self.calls, self.slowest, self.failures = 0, 0.0, []
-        self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(Flock(flock).bird(name), retry)) for name in names]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self, bird: Any, retry: bool) -> None:
-        while not self._over.wait(0.1):
-            began = time.monotonic()
-            try:
-                bird.who.options(timeout=20, retry=retry)()
-            except flock_ray.FlockError as error:
-                self.failures.append(type(error).__name__)
-            self.calls += 1
-            self.slowest = max(self.slowest, time.monotonic() - began)
-
-    def end(self) -> dict[str, Any]:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-        return {"calls": self.calls, "slowest": self.slowest, "failures": self.failures}
-
-
 _callers: list[Callers] = []
 
 
 def begin_calls(flock: str, names: list[str], retry: bool) -> None:
-    _callers.append(Callers(flock, names, retry))
+    _callers.append(Callers([[name] for name in names], "run", flock=flock, tickets=True, pace=0.3, retry=retry))
 
 
 def end_calls() -> list[dict[str, Any]]:
     """What came of each `begin_calls`, in order."""
-    ended = [callers.end() for callers in _callers]
+    for callers in _callers:
+        callers.end()
+    ended = [{"told": str(one), "calls": one.calls, "outcomes": one.outcomes, "fates": one.fates} for one in _callers]
     _callers.clear()
     return ended
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 
 import pytest
 
 from flock_ray.core.ring import ring_from
 from tests.splits.hosts import DriverError
-from tests.support.diary import now, twice_until
+from tests.support.diary import Audit, now, runs, twice_until
 from tests.support.waiting import eventually
 
 BOOT = 60.0  # seconds for a flock
@@ -99,6 +100,11 @@ class FlockOf:
         assert not any(now(self.path(name)) for name in gone)
         return healed
 
+    def ran_at_most_once(self, fates):
+        audit = Audit(fates, runs(self.folder.iterdir()))
+        assert not audit.not_once, "of these callers heard of success"
+        assert not audit.twice, "of these callers heard of a failure"
+
     def conflicts(self, name):
         return [
             text
@@ -158,6 +164,8 @@ def lives_through_a_split(network, flock, seconds):
     h1, h2, h3, h4 = network.hosts
     known = list(flock.tags)
     eventually(flock.has_spares, "a spare on each host", BOOT)
+    for host in network.hosts:
+        host.do("begin_calls", "default", known, False)
     at, left, right = split(network, h3, h4)
     took = flock.answers_on(left, right)
     print(f"all {len(known)} birds answer on both sides after {took:.1f} s")
@@ -197,6 +205,9 @@ def lives_through_a_split(network, flock, seconds):
     flock.heals(remain, gone=[stopped])
     del flock.tags[stopped]
     took = flock.answers_on(network.hosts, within=AFTER)
+    told = [count for host in network.hosts for count in host.do("end_calls")]
+    flock.ran_at_most_once({ticket: fate for count in told for ticket, fate in count["fates"].items()})
+    print(f"all through it: {sum((Counter(count['outcomes']) for count in told), Counter())}")
     tags = [host.do("answer", "default", ["both", removed], 0) for host in network.hosts]
     assert all((found["both"][1], found[removed][1]) == ("earlier", "again") for found in tags), tags
     assert len(flock.conflicts("both")) == told + 1, flock.conflicts("both")
@@ -246,12 +257,17 @@ def test_a_paused_minority_hatches_nothing_and_nobody_more_than_max_birds(networ
 def test_nothing_is_lost_with_a_host_that_hears_and_is_not_heard(network, flock):
     _, _, h3, _ = network.hosts
     before = flock.left()
+    for host in network.hosts:
+        host.do("begin_calls", "default", list(flock.tags), False)
     h3.rule("output", "oifname", "eth0", "drop")
     time.sleep(15)
     given_up = [len(after) - len(earlier) for after, earlier in zip(flock.left(), before, strict=True)]
     print(f"\nh3 is not heard for 15 s; so many nests were given up by {network.hosts}: {given_up}")
     flock.heals(list(flock.tags))
     flock.answers_on(network.hosts, within=AFTER)
+    for host in network.hosts:
+        for count in host.do("end_calls"):
+            flock.ran_at_most_once(count["fates"])
 
 
 def test_a_host_that_loses_a_third_of_what_it_is_sent_is_not_given_up(network, flock):
@@ -268,11 +284,13 @@ def test_a_host_that_loses_a_third_of_what_it_is_sent_is_not_given_up(network, f
     network.heal()
     for host in (h2, h3):
         for count, retry in zip(host.do("end_calls"), (False, True), strict=True):
-            calls, failures = count["calls"], count["failures"]
-            print(f"\n{host}, retry={retry}: {calls} calls, the slowest {count['slowest']:.1f} s, failed: {failures}", end="")
-            assert calls > 100
-            assert set(failures) <= (set() if retry else {"BirdUnavailable"})
-            assert len(failures) < 0.01 * calls
+            outcomes = count["outcomes"]
+            print(f"\n{host}, retry={retry}: {count['told']}: {outcomes}", end="")
+            assert count["calls"] > 100
+            assert set(outcomes) <= {"answered", *(() if retry else ("BirdUnavailable",))}
+            assert outcomes["answered"] > 0.99 * count["calls"]
+            if not retry:
+                flock.ran_at_most_once(count["fates"])
     assert left == before, "no nest was given up"
     assert flock.is_whole()
 
