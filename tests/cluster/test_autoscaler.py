@@ -21,6 +21,11 @@ SOON = 120.0  # seconds: a node that comes is a new raylet, on a machine that ha
 PERCH = {"resources": {"perch": 1.0}}
 
 
+@ray.remote(num_cpus=0, resources={"perch": 0.1})
+def add_there(name: str) -> int:
+    return flock_ray.call(name, "add", timeout=SOON)
+
+
 @pytest.fixture(scope="module", params=[1, 2])
 def scaled(request: pytest.FixtureRequest) -> Iterator[Autoscaled]:
     temp = Path(f"/tmp/fra{os.getpid()}-{request.param}")
@@ -78,7 +83,9 @@ def test_a_nest_at_rest_comes_back_for_a_bird_that_fits_nowhere_else() -> None:
         eventually(lambda: len(flock_ray.nests()) == 1, "those of nodes without birds have left, but the head's has not", SOON)
         plain = flock_ray.start("plain", Counter)
         assert plain.add.options(timeout=SOON)(1) == 1
+        assert ray.get(add_there.remote("plain"), timeout=SOON) == 2, "who is on a node without a nest asks another's"
         assert len(flock_ray.nests()) == 1
+        flock_ray.stop(plain)  # else the ring might give it to a nest that comes back, which would stay for it
         bird = flock_ray.options(**PERCH).start("perching", Counter)
         assert bird.add.options(timeout=SOON)(1) == 1
         assert flock_ray.where(bird) == node
