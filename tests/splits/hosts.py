@@ -21,6 +21,7 @@ from tests.support.waiting import eventually
 ROOT = Path(__file__).resolve().parents[2]
 BOOT = 180.0  # seconds, on a machine that has other things to do
 ANSWER = 60.0
+PORTS = ("--metrics-export-port=8081", "--dashboard-agent-grpc-port=8082", "--runtime-env-agent-port=8083")  # else agents have 15 s
 SURVIVES = {  # how Ray is run where splits have to be survived (RAY_FACTS)
     "RAY_health_check_failure_threshold": "1000",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
@@ -68,7 +69,14 @@ class Host(Place):
 
     def start_ray(self) -> None:
         where = ["--head", "--port=6379", "--include-dashboard=false"] if self.number == 1 else ["--address=10.77.0.1:6379"]
-        more = [f"--node-ip-address={self.ip}", "--num-cpus=2", "--object-store-memory=80000000", f"--temp-dir={self._temp}", "--block"]
+        more = [
+            f"--node-ip-address={self.ip}",
+            "--num-cpus=2",
+            "--object-store-memory=80000000",
+            f"--temp-dir={self._temp}",
+            "--block",
+            *PORTS,
+        ]
         with self._ray_log.open("w") as log:
             self._ray = self._start("-c", "from ray.scripts.scripts import main; main()", "start", *where, *more, stdout=log, stderr=log)
 
