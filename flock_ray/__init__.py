@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flock_ray import notices
     from flock_ray.api.bird import Bird, Method
     from flock_ray.api.flock import (
         Flock,
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
         count,
         defaults,
         destroy,
+        events,
+        explain,
         info,
         init,
         nests,
         options,
         restart,
         shutdown,
+        stack,
         start,
         start_many,
         stop,
@@ -51,9 +55,10 @@ if TYPE_CHECKING:
         MailboxFull,
         RemoteError,
     )
+    from flock_ray.runtime.feed import Feed
     from flock_ray.runtime.inside import Me, Timer, leave, me, send_after, send_every
     from flock_ray.runtime.streams import Stream
-    from flock_ray.specs import BirdInfo, NestInfo
+    from flock_ray.specs import BirdInfo, BirdStack, Candidate, Explanation, NestInfo, Running
 
 __all__ = [
     "Bird",
@@ -61,10 +66,14 @@ __all__ = [
     "BirdExists",
     "BirdInfo",
     "BirdNotFound",
+    "BirdStack",
     "BirdUnavailable",
     "CallCycle",
     "CallTimeout",
+    "Candidate",
     "Config",
+    "Explanation",
+    "Feed",
     "Flock",
     "FlockError",
     "FlockNotRunning",
@@ -73,6 +82,7 @@ __all__ = [
     "Method",
     "NestInfo",
     "RemoteError",
+    "Running",
     "Stream",
     "Timer",
     "aio",
@@ -87,16 +97,20 @@ __all__ = [
     "count",
     "defaults",
     "destroy",
+    "events",
+    "explain",
     "info",
     "init",
     "leave",
     "me",
     "nests",
+    "notices",
     "options",
     "restart",
     "send_after",
     "send_every",
     "shutdown",
+    "stack",
     "start",
     "start_many",
     "stop",
@@ -113,11 +127,14 @@ _HOMES = (  # where the names above are, the cheaper first
     "flock_ray.runtime.inside",
     "flock_ray.runtime.streams",
     "flock_ray.api.bird",
+    "flock_ray.runtime.feed",
     "flock_ray.api.flock",
 )
 
 
 def __getattr__(name: str) -> object:
+    if name == "notices":
+        return import_module("flock_ray.notices")
     if name in __all__:
         for home in map(import_module, _HOMES):
             if name in vars(home):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 _WHOLE = ("moves_in_flight", "max_birds", "send_window", "mailbox", "spares", "light_hosts", "light_threads", "start_argument_limit")
-_CHOICES = {"minority": ("run", "pause"), "wire": ("auto", "ray")}
+_CHOICES: dict[str, tuple[object, ...]] = {"minority": ("run", "pause"), "wire": ("auto", "ray"), "metrics": (True, False)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,8 @@ class Config:
         rest_after: when the nest of a node leaves it that has had no bird, and no request, for so long: Ray's autoscaler may then remove
             the node. Not on the head. It comes back when there are birds that fit on no other node. Shorter frees nodes sooner; longer
             keeps the load more even, for a node without a nest takes no birds. `None`: it stays, and the autoscaler removes no node.
+        metrics: do nests and callers give metrics to Ray's Prometheus endpoints? Without, each process that calls saves some 20 series of
+            Prometheus for each path that its calls take, and a nest looks at its names less.
         start_argument_limit: bytes of pickled arguments `start` takes: they are replicated to every node.
     """
 
@@ -84,6 +86,7 @@ class Config:
     light_hosts: int | None = None
     light_threads: int = 32
     rest_after: float | None = None
+    metrics: bool = True
     start_argument_limit: int = 1_000_000
 
     def __post_init__(self) -> None:
@@ -92,8 +95,9 @@ class Config:
         for setting in fields(self):
             value = getattr(self, setting.name)
             if setting.name in _CHOICES:
-                if value not in _CHOICES[setting.name]:
-                    raise ValueError(f"{setting.name} must be {' or '.join(map(repr, _CHOICES[setting.name]))}, not {value!r}")
+                choices = _CHOICES[setting.name]
+                if type(value) is not type(choices[0]) or value not in choices:
+                    raise ValueError(f"{setting.name} must be {' or '.join(map(repr, choices))}, not {value!r}")
             elif setting.name == "ports":
                 _check_ports(value)
             elif value is None and setting.name in optional:

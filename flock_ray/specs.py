@@ -253,3 +253,55 @@ class NestInfo:
     weight: int
     birds: int
     share: float
+
+
+class Candidate(NamedTuple):
+    """A nest in a bird's preference list.
+
+    `weight` is in points of the ring. `holds` is what it has of the bird: the state of a life, `"record"` for what a life handed over, or
+    nothing. `lacks` says, of a bird with demands, what the node could not offer it.
+    """
+
+    node_id: str
+    weight: int
+    holds: str
+    lacks: str
+
+
+class Explanation(NamedTuple):
+    """Why a bird is where it is, or why it is nowhere.
+
+    `owner` is the node that should run it, `candidates` the whole preference list, the first choice first. `reasons` are sentences, in the
+    order in which one follows on another. `told_by` is the node whose nest says so: the owner's, where that could be asked.
+    """
+
+    bird: BirdInfo
+    owner: str | None
+    candidates: tuple[Candidate, ...]
+    reasons: tuple[str, ...]
+    told_by: str
+
+
+class Running(NamedTuple):
+    """A method of a bird that is under way.
+
+    `seconds` is for how long; `waiting` are the names of the birds that wait for it, outermost first; `stack` is where its code is now, as
+    a traceback has it.
+    """
+
+    method: str
+    seconds: float
+    waiting: tuple[Any, ...]
+    stack: str
+
+
+class BirdStack(NamedTuple):
+    """What a bird does right now, as its process says: the methods under way, the oldest first, and how many messages wait for their turn
+    (`queue`; what comes over Ray is not counted).
+    """
+
+    node_id: str
+    pid: int
+    state: str
+    queue: int
+    running: tuple[Running, ...]

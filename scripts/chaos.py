@@ -34,7 +34,8 @@ from rich.console import Console
 from rich.table import Table
 
 import flock_ray
-from flock_ray.core.notices import NestJoined, NestLeft
+from flock_ray.core.board import UNREAD
+from flock_ray.notices import NestJoined, NestLeft
 from flock_ray.runtime import cluster as ray_cluster
 from tests.support.callers import Callers
 from tests.support.diary import EVERY, Audit, Diary, Life, overlaps, runs
@@ -81,10 +82,11 @@ class Ground:
         """Notes which nests have declared which dead. Their handles are found by the head."""
         if not self.head.is_up:
             return
+        query = pickle.dumps(("notices", UNREAD, (NestJoined, NestLeft)))
         for node, handle in self._nests().items():
             with contextlib.suppress(ray.exceptions.RayError, TimeoutError):
                 joined: dict[str, int] = {}
-                for notice in pickle.loads(ray.get(handle.read.remote(pickle.dumps(("notices",))), timeout=2)):
+                for notice in pickle.loads(ray.get(handle.read.remote(query), timeout=2)).notices:
                     if isinstance(notice, NestJoined):
                         joined[notice.life.node] = notice.life.number
                     elif (

@@ -189,7 +189,7 @@ def machines() -> Iterator[Show]:
 
 def play(show: Show, birds: int) -> None:
     show.launcher(f"RAY_UP_enable_autoscaler_v2=0 ray up -y {CLUSTER}")
-    said = show.launcher(f"ray submit {CLUSTER} scripts/demo.py -- --address auto --nodes {len(HOSTS)} --birds {birds}")
+    said = show.launcher(f"ray submit {CLUSTER} scripts/on_cluster.py -- --address auto --nodes {len(HOSTS)} --birds {birds}")
     if "Everything was as the ring says." not in said:
         raise Broken("ray submit: the demo did not come to its end")
     said = show.launcher(f'ray exec {CLUSTER} "ray status"')

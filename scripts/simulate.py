@@ -1,12 +1,14 @@
 """Plays schedules of the simulator (tests/support/sim.py) in several processes, and says which violate an invariant.
 
 Run it by `scripts/simulate --schedules 10000 --jobs 2`, which sets up all it needs. Status 1 if there was a violation. The story of a
-seed is printed by `scripts/simulate --mix all --first 7 --schedules 1 --story`. Ctrl-C ends it, and its processes.
+seed is printed by `scripts/simulate --mix all --first 7 --schedules 1 --story`. Ctrl-C ends it, and its processes. With `--small-scope 60`
+it tries all that can happen around two nests and one name, as deep as it comes in a minute (tests/support/scope.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import heapq
 import multiprocessing
 import os
@@ -21,6 +23,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from tests.support import scope
 from tests.support.sim import MIXES, SCHEDULES, World, tell
 
 
@@ -57,17 +60,24 @@ def play(turn: Turn) -> Played:
     return Played(turn, "")
 
 
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _collect_seldom() -> None:
+    """A schedule makes millions of objects that go by themselves: to look for others all the time took a tenth of it."""
+    gc.set_threshold(200_000, 20, 100)
+
+
+def _work() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
+    _collect_seldom()
 
 
 @contextmanager
 def playing(turns: list[Turn], jobs: int) -> Iterator[Iterable[Played]]:
     """What comes of the turns, as it comes; when the block is left no process is."""
     if jobs == 1:
+        _collect_seldom()
         yield map(play, turns)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs, _leave_interrupts_to_the_parent) as pool:
+    with multiprocessing.get_context("spawn").Pool(jobs, _work) as pool:
         yield pool.imap_unordered(play, turns)
 
 
@@ -92,6 +102,25 @@ def simulate(turns: list[Turn], jobs: int, console: Console) -> int:
     return violations
 
 
+def small_scope(seconds: float, console: Console) -> int:
+    """Says how far it came; an AssertionError is a violation, with the way to it. Returns how many there were."""
+
+    def tell_depth(found: scope.Explored) -> None:
+        console.print(
+            f"depth {found.depth}: {found.states:,} states of {found.nodes:,} states of single nests, {found.tried:,} steps tried"
+        )
+
+    with scope.shallow():
+        within = scope.Scope()
+        try:
+            roots = scope.runs(within, scope.FAULTS_IN_ALL, scope.LATE)
+            scope.explore(within, roots, depth=1000, rest=1, seconds=seconds, told=tell_depth)
+        except AssertionError as violation:
+            console.print(str(violation), style="bold red", markup=False)
+            return 1
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/simulate", description=__doc__.splitlines()[0])
     parser.add_argument("--schedules", type=int, default=sum(SCHEDULES.values()), help="how many (%(default)s)")
@@ -99,10 +128,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--mix", choices=sorted(MIXES), help="only this mix of faults, not all in proportion")
     parser.add_argument("--first", type=int, default=0, metavar="SEED", help="the first seed of each mix (%(default)s)")
     parser.add_argument("--story", action="store_true", help="print all that happens in each")
+    parser.add_argument("--small-scope", type=float, metavar="SECONDS", help="of the CPU, for all that can happen around two nests")
     given = parser.parse_args(arguments)
     if given.schedules < 1 or given.jobs < 1:
         parser.error("at least one schedule and one process")
     console = Console(highlight=False, soft_wrap=True)
+    if given.small_scope is not None:
+        return small_scope(given.small_scope, console)
     turns = plan(given.schedules, given.mix, given.first)
     if given.story:
         stories = [tell(turn.mix, turn.seed) for turn in turns]

@@ -200,10 +200,8 @@ def shown(what: str, total: int, progress: bool) -> Iterator[Came]:
     if not progress:
         yield lambda _: None
         return
-    try:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    except ImportError as error:
-        raise ImportError('progress=True needs rich: pip install "flock_ray[demo]"') from error
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # loaded when it is needed
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as bar:
         task = bar.add_task(what, total=total)

@@ -20,7 +20,7 @@ from flock_ray.config import Config
 from flock_ray.runtime.batches import Caller
 from flock_ray.runtime.client import DEFAULT, client_of, let_go
 from flock_ray.runtime.pending import Default
-from flock_ray.specs import BirdInfo, Name, NestInfo, check_name
+from flock_ray.specs import BirdInfo, BirdStack, Explanation, Name, NestInfo, check_name
 
 if TYPE_CHECKING:
     from ray.actor import ActorClass
@@ -148,6 +148,14 @@ class AioFlock(Batches):
     async def info(self, name: Name | Bird[Any]) -> BirdInfo:
         """As `Flock.info`."""
         return await client_of(self.name).courier.run_async(self._known_info(name))
+
+    async def explain(self, name: Name | Bird[Any]) -> Explanation:
+        """As `Flock.explain`."""
+        return await client_of(self.name).courier.run_async(self._explain(name))
+
+    async def stack(self, name: Name | Bird[Any]) -> BirdStack:
+        """As `Flock.stack`."""
+        return await client_of(self.name).courier.run_async(self._stack(name))
 
     async def count(self) -> int:
         """As `Flock.count`."""

@@ -21,7 +21,7 @@ from flock_ray.config import Config
 from flock_ray.runtime import inside
 from flock_ray.runtime.client import DEFAULT, client_of, let_go
 from flock_ray.runtime.pending import Default
-from flock_ray.specs import BirdInfo, Name, NestInfo, check_name
+from flock_ray.specs import BirdInfo, BirdStack, Explanation, Name, NestInfo, check_name
 
 if TYPE_CHECKING:
     from ray.actor import ActorClass
@@ -276,6 +276,27 @@ class Flock(Batches):
         """
         return client_of(self.name).courier.run(self._known_info(name))
 
+    def explain(self, name: Name | Bird[Any]) -> Explanation:
+        """Why a bird is where it is, or why it is pending: the preference list, who holds it, and what stands against a move or a start.
+
+        The nest that owns it is asked, and where it does not answer the local one says what it knows.
+
+        Raises:
+            BirdNotFound: no nest knows the name.
+        """
+        return client_of(self.name).courier.run(self._explain(name))
+
+    def stack(self, name: Name | Bird[Any]) -> BirdStack:
+        """What a bird does right now: its methods under way, for how long and where in their code, and how many messages wait.
+
+        The method is not disturbed, and need not return.
+
+        Raises:
+            BirdNotFound: no nest knows the name.
+            BirdUnavailable: nothing of it runs now, or its process does not answer; says which. Look at `explain`, or ask again.
+        """
+        return client_of(self.name).courier.run(self._stack(name))
+
     def count(self) -> int:
         """How many birds the flock has, in whatever state."""
         return client_of(self.name).courier.run(self._count())
@@ -512,6 +533,7 @@ cast_many = _CURRENT.cast_many
 stop_many = _CURRENT.stop_many
 ask_all = _CURRENT.ask_all
 stream = _CURRENT.stream
+events = _CURRENT.events
 stop = _CURRENT.stop
 restart = _CURRENT.restart
 wait = _CURRENT.wait
@@ -520,6 +542,8 @@ where = _CURRENT.where
 bird = _CURRENT.bird
 birds = _CURRENT.birds
 info = _CURRENT.info
+explain = _CURRENT.explain
+stack = _CURRENT.stack
 count = _CURRENT.count
 nests = _CURRENT.nests
 shutdown = _CURRENT.shutdown

@@ -9,22 +9,26 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Concatenate, ParamSpec, TypeVar, overload
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar, overload
 
 from flock_ray.api import starting
 from flock_ray.api.bird import Bird, check_method, check_timeout
 from flock_ray.api.options import methods, resolve, unwrap
 from flock_ray.config import Config
-from flock_ray.errors import BirdNotFound, FlockNotRunning
+from flock_ray.core.board import Kinds
+from flock_ray.errors import BirdNotFound, BirdUnavailable, FlockNotRunning
+from flock_ray.notices import Missed, Notice
 from flock_ray.runtime.client import DEFAULT, Client, client_of
+from flock_ray.runtime.feed import Feed
 from flock_ray.runtime.inside import current_flock
 from flock_ray.runtime.pending import FOREVER, Default
 from flock_ray.runtime.streams import Stream
-from flock_ray.specs import BirdInfo, Dot, Name, NestInfo, Spec, check_name
+from flock_ray.specs import BirdInfo, BirdStack, Dot, Explanation, Name, NestInfo, Spec, check_name
 
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+N = TypeVar("N", bound=Notice)
 
 _STATES = ("pending", "starting", "running", "moving", "restarting", "failed")
 _WAIT_AT_ONCE = 1000  # questions of one `wait` under way: Ray warns at 5,000 calls pending at one actor
@@ -82,6 +86,33 @@ class Requests:
         """
         client, plain, dot, text = self._call_target(name, method)
         return client.stream(plain, dot, text, args, kwargs, timeout if timeout is DEFAULT else check_timeout(timeout), False)
+
+    @overload
+    def events(self, *, follow: bool = ..., since: float = ...) -> Feed[Notice]: ...
+    @overload
+    def events(self, *, follow: bool = ..., since: float = ..., kinds: type[N] | tuple[type[N], ...]) -> Feed[N | Missed]: ...
+    def events(self, *, follow: bool = True, since: float = 0.0, kinds: Kinds = Notice) -> Feed[Any]:
+        """What has happened and happens in the flock: the notices of all nests, also of those that come later.
+
+        Args:
+            follow: `False` ends it where it has come to now; else it waits for more.
+            since: seconds since the epoch: only what was noticed then or later, by the clock of each nest's node. `time.time()`: only what
+                is to come. 0: all that nests still keep.
+            kinds: only these classes of `flock_ray.notices`, and those derived from them; a `Missed` comes in any case.
+
+        Returns:
+            An iterator and async iterator over `flock_ray.notices.Notice`s. `close()`, or dropping it, ends it.
+
+        Raises:
+            FlockNotRunning: Ray is not initialised; while it is read: the flock is not up, or not any more.
+            CallTimeout: while it is read: no nest has answered at first.
+            RuntimeError: while it is read with `for` in an `async def` method of a bird: use `async for`.
+            TypeError: `kinds` are no classes of notices.
+        """
+        wanted = kinds if isinstance(kinds, tuple) else (kinds,)
+        if not all(isinstance(kind, type) and issubclass(kind, Notice) for kind in wanted):
+            raise TypeError(f"kinds must be a class of flock_ray.notices, or a tuple of these, not {kinds!r}")
+        return Feed(client_of(self.name), follow, since, wanted)
 
     def _target(self, name: object) -> tuple[Client, Name, Dot | None]:
         """The client, name and dot that a name or a `Bird` stands for."""
@@ -181,10 +212,30 @@ class Requests:
     async def _known_info(self, name: object) -> BirdInfo:
         found = await self._info(name)
         if found is None:
-            plain = self._target(name)[1]
-            raise BirdNotFound(f"no nest that could be asked knows a bird {plain!r}; start it first", plain)
+            self._unknown(name)
         client, plain, _ = self._target(name)
         return replace(found, path=client.path(plain))
+
+    async def _explain(self, name: object) -> Explanation:
+        told: Explanation | None = await self._asked("explain", name)
+        return told if told is not None else self._unknown(name)
+
+    async def _stack(self, name: object) -> BirdStack:
+        said: BirdStack | str | None = await self._asked("stack", name)
+        if isinstance(said, str):
+            plain = self._target(name)[1]
+            raise BirdUnavailable(f"what bird {plain!r} does cannot be said: {said}; explain({plain!r}) says more of it", plain)
+        return said if said is not None else self._unknown(name)
+
+    async def _asked(self, what: str, name: object) -> Any:
+        """A question about a bird, to this node's nest; one that does not know the name asks the others first (C3)."""
+        client, plain, _ = self._target(name)
+        answer = await client.asks.read(what, plain)
+        return answer if answer is not None or await self._info(name) is None else await client.asks.read(what, plain)
+
+    def _unknown(self, name: object) -> NoReturn:
+        plain = self._target(name)[1]
+        raise BirdNotFound(f"no nest that could be asked knows a bird {plain!r}; start it first", plain)
 
     async def _birds(self, state: str | None, node: str | None, prefix: object, of: object) -> list[BirdInfo]:
         if state is not None and state not in _STATES:

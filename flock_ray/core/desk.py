@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from flock_ray import notices
 from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
-from flock_ray.core import notices
 from flock_ray.core.records import Record
 from flock_ray.specs import Dot, Life, Name, Route
 

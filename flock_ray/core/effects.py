@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 from flock_ray.core.events import Outcome
 from flock_ray.core.journal import Entry
 from flock_ray.core.messages import Envelope
-from flock_ray.core.notices import Notice
+from flock_ray.notices import Notice
 from flock_ray.specs import Dot, Life, Name, Spec
 
 

@@ -51,6 +51,7 @@ class Holds:
     def __init__(self) -> None:
         self.lives: dict[Dot, BirdLife] = {}
         self.records: dict[Dot, Released] = {}
+        self.staying: dict[Dot, Name] = {}  # of the lives, those that do not move
         self._by_name: dict[Name, tuple[Dot, ...]] = {}  # tuples: nearly every name has one dot, for which a set takes 216 bytes
         self._leaves: Leaves[Name] = Leaves(name_hash)
 
@@ -87,10 +88,13 @@ class Holds:
 
     def begin(self, life: BirdLife) -> None:
         self.lives[life.dot] = life
+        if not life.spec.options.moves:
+            self.staying[life.dot] = life.name
         self._note(life.name, life.dot)
 
     def end(self, life: BirdLife) -> None:
         del self.lives[life.dot]
+        self.staying.pop(life.dot, None)
         self._tidy(life.name, life.dot)
 
     def keep(self, name: Name, record: Released) -> None:

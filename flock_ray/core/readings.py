@@ -81,28 +81,48 @@ def begins(name: Name, prefix: Name) -> bool:
     return name == prefix
 
 
-def held(nest: Registry) -> Iterator[Counter[str]]:
-    """How many birds live on each node, or should: counts of some birds at a time."""
+Tally: TypeAlias = Counter[tuple[str, str]]  # how many birds by node (empty: none can run them) and state
+
+
+def tally(nest: Registry) -> Iterator[Tally]:
+    """How many birds live on each node, or should, and in which state: counts of some birds at a time."""
     view = nest.membership.view
     for names in _steps(nest, 10 * NAMES_A_STEP):  # a tenth of what `info` costs
-        counts: Counter[str] = Counter()
+        counts: Tally = Counter()
         for name in names:
             pairs = nest.replica.records(name)
             status = pairs[0][1].status if len(pairs) == 1 else None
             if status is not None and status.state == "running" and status.life in view:  # nearly always
-                counts[status.life.node] += 1
-            elif (bird := info(nest, name)) is not None and bird.node_id is not None:
-                counts[bird.node_id] += 1
+                counts[status.life.node, "running"] += 1
+            elif (bird := info(nest, name)) is not None:
+                counts[bird.node_id or "", bird.state] += 1
         yield counts
 
 
-def nests(nest: Registry, held: Counter[str]) -> list[NestInfo]:
+def own_states(nest: Registry, counts: Tally) -> Counter[str]:
+    """How many birds are in each state, of those that live here or should: each bird is counted by one nest.
+
+    Args:
+        counts: the sum of what `tally` gives.
+    """
+    first = min(nest.membership.view).node  # counts those that fit nowhere
+    own: Counter[str] = Counter()
+    for (node, state), count in counts.items():
+        if (node or first) == nest.me.node:
+            own[state] += count
+    return own
+
+
+def nests(nest: Registry, counts: Tally) -> list[NestInfo]:
     """The nests of this nest's view, by node id.
 
     Args:
-        held: the sum of what `held` gives.
+        counts: the sum of what `tally` gives.
     """
     ring = nest.membership.placement.ring
+    held: Counter[str] = Counter()
+    for (node, _), count in counts.items():
+        held[node] += count
 
     def rows() -> Iterator[NestInfo]:
         for life in sorted(nest.membership.view):
@@ -131,4 +151,4 @@ def _info(nest: Registry, name: Name, record: Record) -> BirdInfo:
     if state == "pending" and owner is None:
         reason, node = placement.reason(name), None
     incarnation, restarts, error = (status.incarnation, status.restarts, status.error) if status else (0, 0, "")
-    return BirdInfo(name, node, state, incarnation, restarts, error, reason, spec.options.light, spec.class_name)
+    return BirdInfo(name, node, state, incarnation, restarts, error, reason, spec.options.light, class_name=spec.class_name)

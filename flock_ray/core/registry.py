@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, get_args
 
+from flock_ray import notices
 from flock_ray.config import Config
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
-from flock_ray.core import journal, notices, wire
+from flock_ray.core import journal, wire
 from flock_ray.core import messages as msg
 from flock_ray.core.arcs import difference, inside
 from flock_ray.core.barrier import Barrier
@@ -318,15 +319,38 @@ class Registry:
                 else:
                     self.waiting.add(name)
             self.handover.plan(name)
-        elif self.membership.ready and self.membership.placement.owner(name) is None:
-            self._evict(name)
+        elif self.membership.ready and name in self.holds:
+            if self.membership.placement.owner(name) is None:
+                self._evict(name)
+            self._stand_by(name)
         self.desk.look(name)
 
     def _evict(self, name: Name) -> None:
-        """It fits nowhere (any more): its room belongs to birds with earlier stamps (P2). What it hands over waits here for an owner."""
+        """It fits nowhere (any more): its room belongs to birds with earlier stamps (P2). What it hands over waits here for an owner.
+
+        A life of a loser ends as well, for there is no owner who would see to it (S4).
+        """
+        winner = self.replica.winner(name)
         for life in self.holds.lives_of(name):
-            if life.phase is not Phase.ENDING and life.spec.options.moves and life.spec.options.placed:
+            if life.phase is Phase.ENDING or winner is None or not winner[1].spec.options.placed:
+                continue
+            if life.dot != winner[0]:
+                self.supervision.end(life, "stopped", keep=False)
+            elif life.spec.options.moves:
                 self.supervision.end(life, "moved", keep=True)
+
+    def _stand_by(self, name: Name) -> None:
+        """What does not move lives on here, whoever owns it.
+
+        Does a life count for more whose nest is gone, this one is raised above it: nobody else would, and callers look for that one (H4).
+        """
+        winner = self.replica.winner(name)
+        life = self.holds.lives.get(winner[0]) if winner is not None else None
+        if winner is None or life is None or life.spec.options.moves:
+            return
+        status = winner[1].status
+        if status is not None and status.life not in self.membership.view:
+            self.supervision.raise_incarnation(life, winner[1])
 
     def _reap(self, name: Name) -> None:
         """Ends what was stopped, and forgets records that nobody needs (H3)."""
@@ -470,6 +494,7 @@ class Registry:
         self._ring = placement.ring
         self.mark(self.waiting)
         self.mark(self.holds.within(gained))
+        self.mark(self.holds.staying.values())
         if self.barrier.unanimous:
             self.mark(self.replica.birds.within(gained))
         else:

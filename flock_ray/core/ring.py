@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 
 from uhashring import HashRing
 
 from flock_ray.core.arcs import CIRCLE, Arc
 from flock_ray.core.replica import Replica
-from flock_ray.specs import Dot, Life, Name, NodeRecord, Spec, encode_name, name_hash, stable_hash
+from flock_ray.specs import Dot, Life, Name, NodeRecord, Options, Spec, encode_name, name_hash, stable_hash
 
 # Of 400 random clusters of four nodes of 2 CPUs, the last node to join took more than 1.15 x its ideal share in 2 % with 80
 # points a CPU and in none with 160 (at most 1.12 x). More points are more even and cost more to build: a node of 64 CPUs takes
@@ -175,6 +176,17 @@ class Placement:
             return ""
         return self._reasons.get(name, "no node of this view has CPUs")
 
+    def lacks(self, name: Name) -> dict[str, str]:
+        """Of a name with demands: what each node lacked that could not take it, when it was its turn to be placed; else nothing."""
+        for other, options, offers in _in_order(self._replica, self.by_node):
+            if other == name:
+                lacks = {node: offers[node].lack(options) if node in offers else "has not said what it offers" for node in self.by_node}
+                return {node: lack for node, lack in lacks.items() if lack}
+            node = self.table()[other]
+            if node is not None:
+                offers[node].take(options)
+        return {}
+
     @property
     def outdated(self) -> bool:
         """Has the replica learnt something since by which this view's ring is another?"""
@@ -191,12 +203,48 @@ class Placement:
         return self._table
 
 
+@dataclass(slots=True)
+class Offer:
+    """What a node has left for birds with demands, and its labels."""
+
+    free: dict[str, float]
+    labels: Mapping[str, str]
+
+    def lack(self, options: Options) -> str:
+        """Why a bird cannot be placed there; empty if it can."""
+        if not _selected(self.labels, options.label_selector):
+            return f"has not the labels {dict(options.label_selector)}"
+        short = [(what, amount, self.free.get(what, 0.0)) for what, amount in options.demand]
+        lacking = [f"{what} {left:g} of {amount:g}" for what, amount, left in short if left + 1e-9 < amount]
+        return f"has left {', '.join(lacking)}" if lacking else ""
+
+    def take(self, options: Options) -> None:
+        for what, amount in options.demand:
+            self.free[what] = self.free.get(what, 0.0) - amount
+
+
 def place(ring: Ring, replica: Replica, by_node: Mapping[str, Life]) -> tuple[dict[Name, str | None], dict[Name, str]]:
     """Places what has demands, in order of stamp (P2).
 
     Returns:
         The node of each such name, `None` where it fits nowhere, and for those the reason.
     """
+    table: dict[Name, str | None] = {}
+    reasons: dict[Name, str] = {}
+    for name, options, offers in _in_order(replica, by_node):
+        table[name] = None
+        for node in ring.preferences(name):
+            if node in offers and not offers[node].lack(options):
+                offers[node].take(options)
+                table[name] = node
+                break
+        else:
+            reasons[name] = _why_not(options, offers)
+    return table, reasons
+
+
+def _in_order(replica: Replica, by_node: Mapping[str, Life]) -> Iterator[tuple[Name, Options, dict[str, Offer]]]:
+    """What has demands, in order of stamp, and what nodes offer: whoever iterates takes of that what he gives away."""
     birds: list[tuple[Spec, Dot, Name]] = []
     for name in set(replica.placed.values()):
         winner = replica.winner(name)
@@ -204,23 +252,9 @@ def place(ring: Ring, replica: Replica, by_node: Mapping[str, Life]) -> tuple[di
             birds.append((winner[1].spec, winner[0], name))
     birds.sort(key=lambda bird: (bird[0].stamp, bird[1]))
     records = {node: replica.nodes[life] for node, life in by_node.items() if life in replica.nodes}
-    free = {node: {"CPU": record.cpus, **dict(record.resources)} for node, record in records.items()}
-    labels = {node: dict(record.labels) for node, record in records.items()}
-    table: dict[Name, str | None] = {}
-    reasons: dict[Name, str] = {}
+    offers = {node: Offer({"CPU": record.cpus, **dict(record.resources)}, dict(record.labels)) for node, record in records.items()}
     for spec, _, name in birds:
-        demand, selector = spec.options.demand, spec.options.label_selector
-        table[name] = None
-        for node in ring.preferences(name):
-            fits = all(free.get(node, {}).get(what, 0.0) + 1e-9 >= amount for what, amount in demand)
-            if node in free and fits and _selected(labels[node], selector):
-                for what, amount in demand:
-                    free[node][what] = free[node].get(what, 0.0) - amount
-                table[name] = node
-                break
-        else:
-            reasons[name] = _why_not(demand, selector, free, labels)
-    return table, reasons
+        yield name, spec.options, offers
 
 
 def _selected(labels: Mapping[str, str], selector: Iterable[tuple[str, str]]) -> bool:
@@ -234,21 +268,16 @@ def _selected(labels: Mapping[str, str], selector: Iterable[tuple[str, str]]) ->
     return True
 
 
-def _why_not(
-    demand: Iterable[tuple[str, float]],
-    selector: tuple[tuple[str, str], ...],
-    free: Mapping[str, Mapping[str, float]],
-    labels: Mapping[str, Mapping[str, str]],
-) -> str:
-    if not free:
+def _why_not(options: Options, offers: Mapping[str, Offer]) -> str:
+    if not offers:
         return "no node of this view has said what it offers yet"
-    chosen = [node for node in free if _selected(labels[node], selector)]
+    chosen = [offer.free for offer in offers.values() if _selected(offer.labels, options.label_selector)]
     if not chosen:
-        return f"no node has the labels {dict(selector)}"
+        return f"no node has the labels {dict(options.label_selector)}"
     short = []
-    for what, amount in demand:
-        most = max(free[node].get(what, 0.0) for node in chosen)
+    for what, amount in options.demand:
+        most = max(free.get(what, 0.0) for free in chosen)
         if most + 1e-9 < amount:
             short.append(f"{what}: wants {amount:g}, the most that is free on one node is {most:g}")
-    wanted = ", ".join(f"{what} {amount:g}" for what, amount in demand)
+    wanted = ", ".join(f"{what} {amount:g}" for what, amount in options.demand)
     return "; ".join(short) or f"no node has all of {wanted} free at once"

@@ -15,10 +15,11 @@ from __future__ import annotations
 import heapq
 from typing import TYPE_CHECKING
 
+from flock_ray import notices
 from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import messages as msg
-from flock_ray.core import notices, wire
+from flock_ray.core import wire
 from flock_ray.core.holds import BirdLife, Phase
 from flock_ray.core.records import Record
 from flock_ray.specs import Dot, Name, Status
@@ -66,7 +67,16 @@ class Supervision:
             life.error = life.error or "its node died each time it was started"
             self._fail(life)
         else:
+            if status is not None and status.state != "pending":  # it has lived before
+                self._tell_next_life(life, status.life.node)
             self.begin(life)
+
+    def _tell_next_life(self, life: BirdLife, before: str) -> None:
+        nest = self._nest
+        if before == nest.me.node:
+            nest.notice(notices.BirdRestarted(nest.me, life.name, life.dot, life.incarnation))
+        else:
+            nest.notice(notices.BirdMoved(nest.me, life.name, life.dot, life.incarnation, before))
 
     def begin(self, life: BirdLife) -> None:
         """Starts the process of a life; that it starts is written first (S6)."""
@@ -259,9 +269,8 @@ class Supervision:
             self._nest.holds.keep(life.name, msg.Released(life.dot, life.incarnation, self._nest.me, state))
         elif life.reason != "moved":
             self.write(life, "pending")  # if its entry is still there, another start of the name counts now, and maybe not for long
-        moved = life.reason == "moved"
-        kind = notices.BirdMoved if moved else notices.BirdStopped
-        self._nest.notice(kind(self._nest.me, life.name, life.dot, life.incarnation))
+        if life.phase is not Phase.BACKOFF and not (life.reason == "moved" and life.keep):  # else who hatches it next tells that
+            self._nest.notice(notices.BirdStopped(self._nest.me, life.name, life.dot, life.incarnation))
         self._nest.handover.answer_askers(life)
         self._nest.mark([life.name])
 
@@ -286,6 +295,7 @@ class Supervision:
             self.end(life, "stopped", keep=False)
             return
         life.incarnation = max(life.incarnation, record.status.incarnation if record.status else 0) + 1
+        self._tell_next_life(life, self._nest.me.node)
         self.begin(life)
 
     def wake_at(self) -> float:

@@ -364,6 +364,12 @@ class ReportOrder(NamedTuple):
     """Say what you hold: answered with a `HostReport`."""
 
 
+class StackOrder(NamedTuple):
+    """Say what this bird does: answered with a `BirdStack`, or `None` if its life is not here."""
+
+    dot: Dot
+
+
 # Callers, hosts and nests to nests
 
 
@@ -414,6 +420,14 @@ class HostUp(NamedTuple):
 
     host: str
     pid: int
+
+
+class Ran(NamedTuple):
+    """How many methods a host has run since it began, and how many of them have raised."""
+
+    host: str
+    ran: int
+    raised: int
 
 
 class LifeBegins(NamedTuple):

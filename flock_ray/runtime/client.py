@@ -23,6 +23,7 @@ from flock_ray.runtime.courier import Courier
 from flock_ray.runtime.deadlines import Deadlines
 from flock_ray.runtime.lanes import Lane
 from flock_ray.runtime.links import Link, Links, RayLinks, Way
+from flock_ray.runtime.metrics import CallMetrics
 from flock_ray.runtime.pending import FOREVER, CallFuture, Default, Pending
 from flock_ray.runtime.replies import Urgency
 from flock_ray.runtime.streams import Stream
@@ -50,6 +51,7 @@ class Client:
         self.looked_at = 0.0  # when it was seen that Ray's session is still this one
         self.asks = Asks(flock, links, courier, clock)
         self.deadlines = Deadlines()
+        self.metrics = CallMetrics(flock, self.asks, courier)
         self._pid = os.getpid()
         self._process = uuid.uuid4().hex[:16]
         self._callers = itertools.count()
@@ -67,6 +69,7 @@ class Client:
             text = f"calling {method!r} of bird {name!r} here would stop the event loop of this bird; in an async def method"
             raise RuntimeError(f"{text}, await flock_ray.aio.call(...) or bird.{method}.aio(...)")
         message = self._message(name, dot, method, args, kwargs, timeout, retry)
+        message.called_at = time.perf_counter()
         try:
             message.lane.submit(message, Urgency.NOW)
             message.wait(message.deadline)
@@ -80,6 +83,7 @@ class Client:
     ) -> Coroutine[Any, Any, Any]:
         """Calls a method; what it returns has to be awaited at once, on any event loop, for the result."""
         message = self._message(name, dot, method, args, kwargs, timeout, retry)
+        message.called_at = time.perf_counter()
         message.lane.submit(message, Urgency.WITH_LOOP)
         return message.wait_async()
 

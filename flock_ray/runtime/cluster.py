@@ -5,7 +5,8 @@ calls it directly: nests have a thread of their own for it, and clients keep wha
 
 Private API, each behind one function here and pinned by `tests/cluster/test_private_api.py`:
 `ray.experimental.internal_kv` (a flock's record), `worker.gcs_client.pin_runtime_env_uri` (V3), `core_worker.get_job_config` (the
-driver's `sys.path`), `ActorHandle._get_local_state` (whether an actor is known to be dead, without a call).
+driver's `sys.path`), `ActorHandle._get_local_state` (whether an actor is known to be dead, without a call),
+`services.canonicalize_bootstrap_address_or_die` (which cluster `ray.init("auto")` would join).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import threading
@@ -36,6 +38,7 @@ from flock_ray.runtime.actors import AsyncHostActor, HostActor, LightHostActor, 
 from flock_ray.specs import NodeRecord, Options, interleaved
 
 NAMESPACE = "flock_ray"
+HEAD_ANSWERS = 5.0  # seconds the head has to accept a connection
 PIN_SECONDS = 3600  # how long a runtime_env's package is kept after its last renewal
 CALLS_BY_RAY = 10_000  # that a host of light birds has under way at a time
 BOOT_SECONDS = 90.0  # a nest is a new process on a machine that may be busy
@@ -142,6 +145,32 @@ def nodes() -> dict[str, Node]:
 def initialized() -> bool:
     """Is Ray initialised in this process? Asked first: most of Ray's functions would start a cluster of their own."""
     return bool(ray.is_initialized())
+
+
+def running_cluster(address: str) -> str:
+    """The address of a cluster that runs, for `ray.init`: which neither starts one then, nor waits for the head of one that has ended.
+
+    Args:
+        address: as `ray.init` takes it: `ip:port`, `ray://ip:port`, or `auto`.
+
+    Raises:
+        ConnectionError: there is none; says where was looked.
+    """
+    if address.startswith("ray://"):
+        found = address.removeprefix("ray://")
+    else:
+        from ray._private import services  # private: see the head of this file
+
+        try:
+            address = found = services.canonicalize_bootstrap_address_or_die(address)
+        except (ConnectionError, ValueError) as error:
+            raise ConnectionError("no Ray cluster runs on this machine, or more than one" if address == "auto" else str(error)) from error
+    ip, _, port = found.rpartition(":")
+    try:
+        socket.create_connection((ip.strip("[]"), int(port)), HEAD_ANSWERS).close()
+    except (OSError, ValueError) as error:
+        raise ConnectionError(f"nobody answers at {found}") from error
+    return address
 
 
 def require_ray() -> None:

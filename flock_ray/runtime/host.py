@@ -43,15 +43,17 @@ from flock_ray.core.wire import (
     LeaveOrder,
     LifeEnded,
     RaiseOrder,
+    Ran,
     Refused,
     ReportOrder,
+    StackOrder,
     Withdraw,
     decode,
     decode_call,
     encode,
 )
 from flock_ray.runtime.generators import Readings
-from flock_ray.runtime.inside import current
+from flock_ray.runtime.inside import Inside, current
 from flock_ray.runtime.life import FULL, HostedLife, Loaded, Response, State, refusal
 from flock_ray.runtime.listener import NEST_SOCKET, Answered, Answers, Caller, Listener, socket_path
 from flock_ray.runtime.mailbox import Lock
@@ -60,7 +62,7 @@ from flock_ray.runtime.sockets import SocketLink
 from flock_ray.runtime.tether import PATIENCE, NestAwayError, PidFile, Pulse, Reporter, Tether, ToNest
 from flock_ray.runtime.timers import Scheduler
 from flock_ray.runtime.tls import contexts
-from flock_ray.specs import Dot, Life, Name
+from flock_ray.specs import BirdStack, Dot, Life, Name
 
 log = logging.getLogger("flock_ray.host")
 
@@ -130,6 +132,9 @@ class Host:
         self._leave_process = leave
         self.state_lock: Lock = threading.RLock()
         self.readings = Readings()
+        self.under_way: set[Inside] = set()
+        self.ran = self.raised = 0  # methods; of several threads that count at once one may go missing
+        self._told = Ran(boot.host, 0, 0)
         self._classes: weakref.WeakValueDictionary[str, Loaded] = weakref.WeakValueDictionary()  # by digest, while a life is of them
         self._loading = threading.Lock()
         self._lock = threading.Lock()
@@ -149,7 +154,7 @@ class Host:
         self.says(HostUp(self.host, self.pid))
         self._reporter.start()
         self._tether.start()
-        Pulse(link, self._tether, boot.nest_grace).start()
+        Pulse(link, self._tether, boot.nest_grace, self._tell_ran).start()
 
     # What nests order
 
@@ -187,6 +192,8 @@ class Host:
                     life.incarnation = head.incarnation
             case ReportOrder():
                 return pickle.dumps(self._report() or HostUp(self.host, self.pid))
+            case StackOrder():
+                return pickle.dumps(self._stack(head.dot))
             case Withdraw():
                 life = self.life_of(head.dot) if head.dot is not None else None
                 if life is not None:
@@ -218,6 +225,15 @@ class Host:
         # A life that runs is not meant: what it took over was a record of the same dot, and that one is forgotten.
         if life is not None and life.state in (State.RELEASED, State.EXITED):
             self._end_process_in(LINGER)
+
+    def _stack(self, dot: Dot) -> BirdStack | None:
+        from flock_ray.runtime.stacks import running  # loaded when it is needed: a host is a new process
+
+        life = self._lives.get(dot)
+        if life is None:
+            return None
+        here = [inside for inside in tuple(self.under_way) if inside.life is life]
+        return BirdStack(self.node_id, self.pid, life.state.value, life.queue, running(here))
 
     # Callers that come without Ray
 
@@ -303,6 +319,10 @@ class Host:
         """Does a call that came by a socket wait, or run?"""
         return self._listener is not None and self._listener.occupied
 
+    def queued(self) -> int:
+        """How many messages that came by a socket have not been taken by any thread yet."""
+        return self._listener.queued if self._listener is not None else 0
+
     # What lives need (`life.Surroundings`)
 
     @property
@@ -333,6 +353,12 @@ class Host:
 
     def says(self, word: object) -> None:
         self._reporter.say(word)
+
+    def _tell_ran(self) -> None:
+        ran = Ran(self.host, self.ran, self.raised)
+        if ran != self._told:
+            self._told = ran
+            self.says(ran)
 
     def over(self, life: HostedLife) -> None:
         """A life has ended: the process follows, unless something is kept here that a nest must fetch or acknowledge."""

@@ -12,12 +12,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.actor import ActorHandle
 
 from flock_ray.core import effects as do
@@ -27,10 +29,11 @@ from flock_ray.runtime.cluster import FlockLife
 from flock_ray.runtime.processes import LIGHT, InThread, Kind, Process, Processes, end_unknown
 from flock_ray.runtime.recorder import suspects
 from flock_ray.runtime.tether import started
-from flock_ray.specs import Dot, Life, Name, Options
+from flock_ray.specs import BirdStack, Dot, Life, Name, Options
 
 CROWD = 64  # light birds in each process there is before another is started: half a second of CPU for fewer is a waste
 EMPTY = 60.0  # seconds until a process for light birds that holds none ends
+ANSWERS = 3.0  # seconds a process has to say what a bird in it does
 SOON = 60.0  # seconds within which deaths of processes for light birds count together
 
 
@@ -79,6 +82,7 @@ class Hosts:
         self._expected: set[str] = set()
         self._reported = asyncio.Event()
         self.adopting = True
+        self.ran = self.raised = 0  # methods that hosts have run and that have raised, in this life of the nest
 
     def begin(self, life: Life, cpus: float) -> None:
         """This is the nest's life, on a node with so many CPUs."""
@@ -172,6 +176,21 @@ class Hosts:
             stuck = (one for one in self._lives.values() if one.process is process and not one.over)
             self._processes.kill(process, next((one.killed_for for one in stuck if one.killed_for), "a bird in it did not return"))
 
+    async def stack(self, dot: Dot, born: int) -> BirdStack | str:
+        """What a life does, as its process says; or why that cannot be said."""
+        held = self._lives.get((dot, born))
+        handle = held.process.handle if held is not None else None
+        if held is None or handle is None:
+            return "its process is just being started" if held is not None else "its process has ended"
+        try:
+            answer: bytes = await asyncio.wait_for(handle.control.remote(wire.encode(wire.StackOrder(dot))), ANSWERS)
+        except TimeoutError:
+            return f"its process (pid {held.process.pid or 'not known yet'}) has not answered within {ANSWERS:g} s"
+        except ray.exceptions.RayError:
+            return "its process has just ended"
+        found: BirdStack | None = pickle.loads(answer)
+        return found if found is not None else "its process has not begun it yet"
+
     def raise_incarnation(self, effect: do.Raise) -> None:
         held = self._lives.get((effect.dot, effect.born))
         if held is not None:
@@ -221,6 +240,14 @@ class Hosts:
         if events:
             self._tell(*events)
 
+    def _note_ran(self, word: wire.Ran) -> None:
+        """Of a host that an earlier life of the nest has started, the first word only says where it stands."""
+        process = self._processes.get(word.host)
+        if process is not None:
+            before, process.ran = process.ran or word, word
+            self.ran += word.ran - before.ran
+            self.raised += word.raised - before.raised
+
     def _take(self, word: object) -> ev.Event | None:
         """Takes one word, and says what of it is an event. Unknown hosts are of nobody's making any more, and are ended."""
         if isinstance(word, wire.HostUp):
@@ -235,6 +262,8 @@ class Hosts:
                 self._reported.set()
             elif not self.adopting and self._processes.get(word.host) is None:
                 end_unknown(word.pid)
+        elif isinstance(word, wire.Ran):
+            self._note_ran(word)
         elif isinstance(word, wire.Refused):
             self._refused(word.host, word.why, word.times)
         elif isinstance(word, wire.LifeBegins | wire.LifeRunning):

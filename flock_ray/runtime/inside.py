@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
@@ -56,18 +57,32 @@ class LifeHere(Protocol):
 
 
 class Inside:
-    """Whose code runs, and the birds that wait for it, outermost first, itself last.
+    """Whose code runs, in which method, and the birds that wait for it, outermost first, itself last.
 
     Nobody waits any more once the method has ended: tasks that it began inherit this, and set out with an empty chain.
     """
 
-    __slots__ = ("chain", "is_async", "life", "thread")
+    __slots__ = ("_token", "_under_way", "began", "chain", "is_async", "life", "method", "task", "thread")
 
-    def __init__(self, life: LifeHere, chain: tuple[tuple[str, Name], ...], is_async: bool = False) -> None:
+    def __init__(self, life: LifeHere, chain: tuple[tuple[str, Name], ...], is_async: bool = False, method: str = "") -> None:
         self.life = life
         self.chain = chain
         self.is_async = is_async
+        self.method = method
         self.thread = threading.get_ident()
+        self.began = time.monotonic()
+        self.task: asyncio.Task[Any] | None = None  # whose coroutine it is
+
+    def begin(self, under_way: set[Inside]) -> None:
+        """What runs here is this, until `end`. `under_way` has all that runs in this process (`stacks.py`)."""
+        self._under_way = under_way
+        under_way.add(self)
+        self._token: Token[Inside | None] = current.set(self)
+
+    def end(self) -> None:
+        self.chain = ()  # nobody waits for what it began
+        self._under_way.discard(self)
+        current.reset(self._token)
 
 
 class Leave(BaseException):

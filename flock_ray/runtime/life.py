@@ -42,7 +42,7 @@ from flock_ray.core.wire import (
     encode,
 )
 from flock_ray.runtime.generators import Reading, Readings
-from flock_ray.runtime.inside import Inside, Leave, current
+from flock_ray.runtime.inside import Inside, Leave
 from flock_ray.runtime.payload import pack, pack_alone, pack_plain, unpack
 from flock_ray.specs import Life
 
@@ -84,6 +84,9 @@ class Surroundings(Protocol):
     node_id: str
     scheduler: Scheduler
     readings: Readings
+    under_way: set[Inside]  # what runs
+    ran: int  # methods, so far
+    raised: int  # of these, those that have raised
     state_lock: Lock  # guards changes of a life's state
 
     def loaded(self, order: HatchOrder) -> Loaded:
@@ -101,6 +104,9 @@ class Surroundings(Protocol):
 
     def occupied(self) -> bool:
         """Does a call that came by a socket wait, or run?"""
+
+    def queued(self) -> int:
+        """How many messages that came by a socket have not been taken by any thread yet."""
 
     def may_run(self) -> bool:
         """False: this process is over, nothing must run."""
@@ -197,6 +203,11 @@ class HostedLife:
             self.name, self.dot, order.spec, order.code, self.born, self.incarnation,
             order.restarts, order.crashes, said.value, record, self.error,
         )  # fmt: skip
+
+    @property
+    def queue(self) -> int:
+        """How many messages wait for their turn."""
+        raise NotImplementedError
 
     @property
     def has_record(self) -> bool:
@@ -322,6 +333,7 @@ class HostedLife:
         if isinstance(error, Leave):
             self._leave(error.reason)
             return self._result(head, error.reply)
+        self._host.raised += 1
         text = describe(error)
         if head.cast:
             log.error("bird %r: %s, which was cast, raised:\n%s", self.name, head.method, text)
@@ -529,11 +541,11 @@ class HostedLife:
         return self._end is not None and self._end.keep
 
     @contextmanager
-    def _inside(self, chain: tuple[tuple[str, Any], ...] = (), is_async: bool = False) -> Iterator[None]:
-        inside = Inside(self, (*chain, self._link), is_async)
-        token = current.set(inside)
+    def _inside(self, method: str, chain: tuple[tuple[str, Any], ...] = (), is_async: bool = False) -> Iterator[Inside]:
+        inside = Inside(self, (*chain, self._link), is_async, method)
+        inside.task = asyncio.current_task() if is_async else None
+        inside.begin(self._host.under_way)
         try:
-            yield
+            yield inside
         finally:
-            inside.chain = ()
-            current.reset(token)
+            inside.end()

@@ -31,7 +31,7 @@ from flock_ray.specs import interleaved
 class AsyncLife(HostedLife):
     """A bird with `async def` methods. All of its code runs on one event loop; `async def` methods interleave."""
 
-    __slots__ = ("_idle", "_locks", "_loop", "_made", "_order", "_room", "_running", "_tasks")
+    __slots__ = ("_idle", "_locks", "_loop", "_made", "_order", "_queue", "_room", "_running", "_tasks")
 
     def __init__(self, order: HatchOrder, host: Surroundings, loop: asyncio.AbstractEventLoop | None = None) -> None:
         super().__init__(order, host)
@@ -39,6 +39,7 @@ class AsyncLife(HostedLife):
         self._order = LoopOrder()
         self._room = asyncio.Semaphore(interleaved(order.spec.options))  # first come, first served
         self._running: dict[object, asyncio.Task[Any] | None] = {}  # by call id or timer entry
+        self._queue = 0  # calls that wait for their turn
         self._idle = asyncio.Event()
         self._idle.set()
         self._made = asyncio.Event()  # `__init__` and `take_over` have ended, one way or another
@@ -49,7 +50,8 @@ class AsyncLife(HostedLife):
         """Runs `__init__` and `take_over`."""
         self._idle.clear()
         try:
-            with self._inside():
+            with self._inside("__init__") as inside:
+                inside.task = asyncio.current_task()
                 self._make()
                 take_over = self._state_to_take()
                 if take_over is not None:
@@ -69,25 +71,37 @@ class AsyncLife(HostedLife):
         refused = self._at_the_door(head, order)
         if refused is not None:
             return refused
-        if in_order:
-            await self._order.wait(head.caller, order)
         # Whoever waits for this call has a place: were it to wait for one, none might ever be free (C4).
-        async with self._room if self._link not in head.chain else contextlib.nullcontext():
-            refused = self._turned_away(head, order)
-            if refused is not None:
-                return refused
-            if not head.stream:
-                return await self._run(head, order, body, extra)
-            opened = self._open(head, order, body, extra, connection)
+        room = self._room if self._link not in head.chain else contextlib.nullcontext()
+        waits = True
+        self._queue += 1
+        try:
+            if in_order:
+                await self._order.wait(head.caller, order)
+            async with room:
+                self._queue, waits = self._queue - 1, False
+                refused = self._turned_away(head, order)
+                if refused is not None:
+                    return refused
+                if not head.stream:
+                    return await self._run(head, order, body, extra)
+                opened = self._open(head, order, body, extra, connection)
+        finally:
+            self._queue -= waits
         if not isinstance(opened, Reading):
             return opened
         async with self._one_by_one(opened):  # it takes nobody's place any more: to wait for an item is not to run
             return await self._next(opened)
 
+    @property
+    def queue(self) -> int:
+        return self._queue
+
     async def _run(self, head: Call, order: int, body: memoryview, extra: Sequence[Any]) -> Response:
         arguments = self._arguments(head, body, extra)
         if isinstance(arguments, bytes):
             return arguments
+        self._host.ran += 1
         task = asyncio.current_task()
         key = (head.caller, order)
         try:
@@ -123,7 +137,7 @@ class AsyncLife(HostedLife):
         """An item. A generator that waits for one may do so for ever: it holds up neither the bird's end nor its own."""
         task = reading.step = asyncio.current_task()
         try:
-            with self._inside(reading.chain, is_async=True):
+            with self._inside(reading.method, reading.chain, is_async=True):
                 generator = reading.generator
                 item = await anext(generator) if inspect.isasyncgen(generator) else next(generator)
         except BaseException as error:  # answered, or the life's end
@@ -147,7 +161,7 @@ class AsyncLife(HostedLife):
             reading.step.cancel()
         async with self._one_by_one(reading):
             try:
-                with self._inside(is_async=True):
+                with self._inside(reading.method, is_async=True):
                     if inspect.isasyncgen(reading.generator):
                         await reading.generator.aclose()
                     else:
@@ -157,7 +171,7 @@ class AsyncLife(HostedLife):
 
     async def _invoke(self, method: str, arguments: Any, chain: tuple[tuple[str, Any], ...]) -> Any:
         args, kwargs = arguments
-        with self._inside(chain, is_async=True):
+        with self._inside(method, chain, is_async=True):
             return await _finished(getattr(self.bird, method)(*args, **kwargs))
 
     def withdraw(self, caller: str, order: int) -> None:
@@ -207,7 +221,7 @@ class AsyncLife(HostedLife):
         await self._idle.wait()
         if self.state is not State.ENDING:
             return  # its last method, or __init__, crashed
-        with self._inside(is_async=True):
+        with self._inside("on_stop", is_async=True):
             await self._try_hook("on_stop", reason)
             handed = await self._try_hook("hand_over") if self._keeps else None
         self._ended(handed)

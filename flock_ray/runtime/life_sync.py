@@ -12,7 +12,7 @@ from typing import Any
 from flock_ray.core.wire import LATER, Call, HatchOrder, Pull, decode_call
 from flock_ray.runtime.generators import MOST_ITEMS, Reading
 from flock_ray.runtime.host import Host
-from flock_ray.runtime.inside import Inside, current
+from flock_ray.runtime.inside import Inside
 from flock_ray.runtime.life import MOVED, HostedLife, Response, State, Surroundings, log
 from flock_ray.runtime.listener import TOGETHER, Caller
 from flock_ray.runtime.mailbox import GAP, ThreadOrder, Turns
@@ -38,12 +38,16 @@ class TurnLife(HostedLife):
         """Has something done in a thread, now that it is its turn."""
         raise NotImplementedError
 
+    @property
+    def queue(self) -> int:
+        return self._turns.waiting
+
     def hatch(self) -> None:
         """Runs `__init__` and `take_over`."""
         try:
             if self.state is not State.STARTING:
                 return  # it was ended before it began
-            with self._inside():
+            with self._inside("__init__"):
                 self._make()
                 if self._loaded is not None and self._loaded.is_async:
                     raise TypeError(f"{self._cls.__qualname__} has `async def` methods: it must be hatched in an AsyncHostActor")
@@ -75,28 +79,27 @@ class TurnLife(HostedLife):
         if isinstance(arguments, bytes):
             return arguments
         args, kwargs = arguments
-        inside = Inside(self, (*head.chain, self._link))
-        token = current.set(inside)
+        self._host.ran += 1
+        inside = Inside(self, (*head.chain, self._link), method=head.method)
+        inside.begin(self._host.under_way)
         try:
             result = getattr(self.bird, head.method)(*args, **kwargs)
         except BaseException as error:  # answered, or the life's end
             return self._raised(head, error)
         finally:
-            inside.chain = ()  # nobody waits for what it began
-            current.reset(token)
+            inside.end()
         return self._result(head, result)
 
     def _next(self, reading: Reading) -> Response:
-        inside = Inside(self, (*reading.chain, self._link))
-        token = current.set(inside)
+        inside = Inside(self, (*reading.chain, self._link), method=reading.method)
+        inside.begin(self._host.under_way)
         try:
             with reading.running:
                 item = next(reading.generator)
         except BaseException as error:  # answered, or the life's end
             return self._no_item(reading, error)
         finally:
-            inside.chain = ()
-            current.reset(token)
+            inside.end()
         return self._item(reading, item)
 
     def _close_later(self, reading: Reading) -> None:
@@ -110,7 +113,7 @@ class TurnLife(HostedLife):
 
     def _close(self, reading: Reading) -> None:
         try:
-            with self._inside(), reading.running:
+            with self._inside(reading.method), reading.running:
                 reading.generator.close()
         except BaseException:
             log.exception("bird %r: the generator of %s raised while it was closed", self.name, reading.method)
@@ -122,7 +125,7 @@ class TurnLife(HostedLife):
         try:
             if self._timer_turned_away(entry):
                 return
-            with self._inside():
+            with self._inside(method):
                 args, kwargs = unpack(body, extra)
                 getattr(self.bird, method)(*args, **kwargs)
         except BaseException as error:  # logged, or the life's end
@@ -135,7 +138,7 @@ class TurnLife(HostedLife):
             return  # its last method, or __init__, crashed
         for reading in self._host.readings.pop_all(self):
             self._close(reading)
-        with self._inside():
+        with self._inside("on_stop"):
             self._try_hook("on_stop", reason)
             handed = self._try_hook("hand_over") if self._keeps else None
         self._ended(handed)
@@ -204,6 +207,10 @@ class SyncLife(TurnLife):
         finally:
             self._turns.leave()
             reading.end_pull(number)
+
+    @property
+    def queue(self) -> int:
+        return super().queue + self._host.queued()
 
     def _in_pool(self, work: Callable[..., object], *args: Any) -> None:
         with self._host.state_lock:

@@ -113,6 +113,10 @@ class Links(Protocol):
         """The nest of another node, over its socket (`ip:port`); `None` if there is no way. May block."""
         ...
 
+    def nest_on(self, flock: str, node: str, door: str) -> NestLink:
+        """As `nest_of`, and if there is no way, by Ray. Raises `Down` if there is no such nest."""
+        ...
+
     def nest(self, flock: str, timeout: float) -> NestLink:
         """May block. Raises `FlockNotRunning`."""
         ...
@@ -301,6 +305,18 @@ class RayLinks:
 
     def nest_of(self, flock: str, node: str, door: str) -> NestLink | None:  # noqa: ARG002  # there is no quick way
         return None
+
+    def nest_on(self, flock: str, node: str, door: str) -> NestLink:
+        direct = self.nest_of(flock, node, door)
+        if direct is not None:
+            return direct
+        record = cluster.record_of(flock)
+        try:
+            if record is not None:
+                return RayNestLink(cluster.nest_handle(record.life, node), flock)
+        except ValueError as error:
+            raise Down(str(error), ran=False) from error
+        raise Down(f"flock {flock!r} was let go of", ran=False)
 
     def nest(self, flock: str, timeout: float) -> NestLink:
         return RayNestLink(cluster.local_nest(flock, timeout), flock)

@@ -528,6 +528,11 @@ class Listener:
         return bool(self._mailbox)
 
     @property
+    def queued(self) -> int:
+        """How many calls wait for their turn."""
+        return len(self._mailbox)
+
+    @property
     def occupied(self) -> bool:
         """Does a call wait, or run?"""
         with self._lock:

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections import Counter
 
-from flock_ray.core.notices import Notice
+from flock_ray.notices import Notice
 
 LOUD = 100  # lines a second of information; warnings and errors are all told
 SECOND = 1.0
@@ -26,13 +26,13 @@ class LogLines:
 
     def tell(self, notice: Notice) -> None:
         if notice.level > logging.INFO:
-            self._logger.log(notice.level, "%s", getattr(notice, "text", notice))
+            self._logger.log(notice.level, "%s", notice.text)
             return
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(SECOND, self._sum_up)
         if self._told < LOUD:
             self._told += 1
-            self._logger.log(notice.level, "%s", getattr(notice, "text", notice))
+            self._logger.log(notice.level, "%s", notice.text)
         else:
             self._counted[type(notice).__name__] += 1
 

@@ -16,7 +16,7 @@ import sqlite3
 import sys
 import time
 import uuid
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,20 +30,24 @@ from flock_ray.core import effects as do
 from flock_ray.core import events as ev
 from flock_ray.core import journal, letters, readings, wire
 from flock_ray.core import messages as msg
+from flock_ray.core.board import UNREAD, Board, Cursor, Kinds, Page
 from flock_ray.core.connection import ANSWER, NOTE
-from flock_ray.core.notices import ConnectionsRefused, Notice
+from flock_ray.core.explain import explain
+from flock_ray.core.holds import Phase
 from flock_ray.core.registry import Registry
+from flock_ray.notices import ConnectionsRefused, Notice
 from flock_ray.runtime import cluster
 from flock_ray.runtime.hosts import Hosts
 from flock_ray.runtime.journal import Journal, open_journal
 from flock_ray.runtime.listener import NEST_SOCKET, Refusals
 from flock_ray.runtime.loglines import LogLines
 from flock_ray.runtime.members import Members
+from flock_ray.runtime.metrics import EVERY, NAMES_A_SECOND, NestMetrics
 from flock_ray.runtime.peers import Door, Wire, Wires, probe
 from flock_ray.runtime.steps import Steps
 from flock_ray.runtime.tether import MARGIN, clock
 from flock_ray.runtime.tls import contexts
-from flock_ray.specs import Dot, Life, Name, brought
+from flock_ray.specs import BirdStack, Dot, Explanation, Life, Name, brought
 
 T = TypeVar("T")
 
@@ -60,7 +64,8 @@ PICKLED = 1_000  # birds in an answer that is pickled in a thread
 WRITTEN = 5_000  # names, after which the garbage collector is told to leave alone what there is
 LIVES = 60.0  # seconds between the notes in the journal that this nest is alive
 LOOK = 1.0  # seconds between looks at the clock, and whether the journal is too long
-NOTICES = 1000  # the latest are kept, for people who ask
+OTHERS = 5.0  # seconds another nest has to answer a question that is passed on to it
+TOGETHER = 0.02  # seconds for which notices are gathered for who waits for them
 SHUTDOWN = 10.0  # seconds that birds have to end when the flock is destroyed
 
 
@@ -100,7 +105,9 @@ class Nest:
         self._ending = False
         self._rests = False
         self._log_lines = LogLines(logger)
-        self._notices: deque[Notice] = deque(maxlen=NOTICES)
+        self._metrics = NestMetrics(self._record.flock, node)
+        self._board: Board | None = None
+        self._news: asyncio.Future[None] = self._loop.create_future()  # of the next notice
         self._frozen = 0  # names that had been written when the garbage collector was last told to leave all alone
         self._share: tuple[int, int] | None = None
         self._share_timer: asyncio.TimerHandle | None = None
@@ -133,6 +140,8 @@ class Nest:
         self._task(self._poll())
         self._task(self._join())
         self._task(self._keep_journal())
+        if self._config.metrics:
+            self._task(self._give_metrics())
 
     async def _boot(self) -> None:
         if not await self._still_wanted():
@@ -146,6 +155,7 @@ class Nest:
         known = [before, *[a.record.life.number for a in adopted if a.record is not None]]
         number = max(time.time_ns() // 1_000_000, max(known) + 1)
         life = Life(self._node, number)
+        self._board = Board(life)
         self._hosts.begin(life, node.cpus if node is not None else 1)
         self._members = Members(life, self._record.life, self._record.secret, ip, door, self._config, self._handle)
         self._registry = Registry(life, self._config, random.Random().random)
@@ -386,6 +396,7 @@ class Nest:
         bodies = letters.Bodies()
         for node, envelopes in outbox.items():
             for packed in letters.pack(envelopes, bodies):
+                self._metrics.sent(len(packed))
                 self._post(node, packed)
 
     def _post(self, node: str, packed: bytes) -> None:
@@ -465,8 +476,25 @@ class Nest:
             take(effect.outcome)
 
     def _do_Emit(self, effect: do.Emit) -> None:
-        self._notices.append(effect.notice)
+        assert self._board is not None  # there is one before there is a registry
+        self._board.add(effect.notice, time.time())
         self._log_lines.tell(effect.notice)
+        self._metrics.noticed(effect.notice)
+        if not self._news.done():
+            self._news.set_result(None)
+
+    async def _give_metrics(self) -> None:
+        await self._ready.wait()
+        registry = self._registry
+        assert registry is not None
+        while True:
+            states = readings.own_states(registry, await self._tally(registry))
+            names = len(registry.replica)
+            try:
+                self._metrics.give(states, len(registry.holds.lives) / names if names else 0.0)
+            except Exception as error:  # whatever Ray raises: it is no reason to end a nest
+                logger.warning("metrics could not be given to Ray: %s", error)
+            await asyncio.sleep(max(EVERY, names / NAMES_A_SECOND))
 
     def _note_share(self, registry: Registry) -> None:
         """Tells this nest's share of the load when it changes, as Flock's nodes do."""
@@ -605,6 +633,8 @@ class Nest:
     async def read(self, query: bytes) -> bytes:
         """A pickled question about birds or nests, answered from the replica."""
         kind, *rest = pickle.loads(query)
+        if kind == "notices":
+            return pickle.dumps(await self._noticed(*rest))
         self._needed_at = self._loop.time()
         await self._ready.wait()
         registry = self._registry
@@ -618,7 +648,9 @@ class Nest:
         elif kind == "count":
             answer = len(registry.replica)
         elif kind == "nests":
-            answer = readings.nests(registry, sum(await self._stepwise(readings.held(registry)), Counter()))
+            answer = readings.nests(registry, await self._tally(registry))
+        elif kind == "tally":
+            answer = await self._tally(registry)
         elif kind == "alone":
             answer = registry.membership.whole == {self._node}
         elif kind == "covers":
@@ -626,13 +658,73 @@ class Nest:
         elif kind == "ring":
             ring, members = registry.membership.placement.ring, self._members
             answer = tuple(ring.weights.items()), {node: members.door(node) for node in ring.weights} if members is not None else {}
-        elif kind == "notices":
-            answer = list(self._notices)
+        elif kind == "ran":
+            answer = await self._ran(registry, *rest)
+        elif kind == "explain":
+            answer = await self._explain(registry, *rest)
+        elif kind == "stack":
+            answer = await self._stack(registry, *rest)
         else:
             raise ValueError(f"{kind!r} is no question a nest answers")
         if isinstance(answer, list) and len(answer) > PICKLED:
             return await asyncio.to_thread(pickle.dumps, answer)  # a second for 100,000 birds: a thread leaves the loop its turns
         return pickle.dumps(answer)
+
+    async def _tally(self, registry: Registry) -> readings.Tally:
+        return sum(await self._stepwise(readings.tally(registry)), Counter())
+
+    async def _ran(self, registry: Registry, passed_on: bool = False) -> dict[str, tuple[int, int]]:
+        """How many methods have run on each node since its nest began, and how many have raised; of nodes whose nests answer."""
+        mine = {self._node: (self._hosts.ran, self._hosts.raised)}
+        others = [life.node for life in registry.membership.view if life.node != self._node and not passed_on]
+        for said in await asyncio.gather(*(self._another(node, "ran", True) for node in others)):
+            mine.update(said or {})
+        return mine
+
+    async def _explain(self, registry: Registry, name: Name, passed_on: bool = False) -> Explanation | None:
+        """By the owner, if it can be asked: it knows whom it waits for."""
+        told = explain(registry, name)
+        if told is None or passed_on or told.owner in (None, self._node):
+            return told
+        return await self._another(str(told.owner), "explain", name, True) or told
+
+    async def _stack(self, registry: Registry, name: Name, passed_on: bool = False) -> BirdStack | str | None:
+        """By the nest that holds the bird, from its process. A text says why there is none."""
+        bird = readings.info(registry, name)
+        lives = [life for life in registry.holds.lives_of(name) if life.phase is not Phase.BACKOFF]
+        if lives:
+            return await self._hosts.stack(lives[0].dot, lives[0].born)
+        if bird is None or passed_on or bird.state in ("pending", "failed", "restarting") or bird.node_id in (None, self._node):
+            return None if bird is None else f"it is {bird.state}, so nothing of it runs"
+        said: BirdStack | str | None = await self._another(str(bird.node_id), "stack", name, True)
+        return said or f"the nest of node {bird.node_id} has not answered"
+
+    async def _another(self, node: str, *query: object) -> Any:
+        """What the nest of another node says; `None` if it does not in time."""
+        handle = self._peers.get(node)
+        if handle is None:
+            return None
+        try:
+            return pickle.loads(await asyncio.wait_for(handle.read.remote(pickle.dumps(query, protocol=5)), OTHERS))
+        except (ray.exceptions.RayError, TimeoutError):
+            return None
+
+    async def _noticed(self, cursor: Cursor = UNREAD, kinds: Kinds = Notice, since: float = 0.0, seconds: float = 0.0) -> Page:
+        """What is on the board after a cursor; waits so long for something."""
+        await self._booted.wait()
+        board = self._board
+        assert board is not None
+        until = self._loop.time() + seconds
+        while True:
+            page = board.read(cursor, kinds, since)
+            left = until - self._loop.time()
+            if page.notices or page.missed or page.more or left <= 0:
+                return page
+            cursor = page.cursor
+            if self._news.done():
+                self._news = self._loop.create_future()
+            await asyncio.wait({self._news}, timeout=left)
+            await asyncio.sleep(TOGETHER)
 
     async def _stepwise(self, steps: Iterable[T]) -> list[T]:
         """All of them, and between two the loop is left to others."""

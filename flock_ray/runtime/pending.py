@@ -120,8 +120,8 @@ class Pending:
     """
 
     __slots__ = (
-        "_teller", "begun", "body", "caller", "cast", "chain", "deadline", "detached", "dot", "due_with", "extra", "fate", "finished",
-        "in_chain", "is_watched", "lane", "method", "order", "outcome", "reply", "retry", "stream", "timeout", "to_be_watched",
+        "_teller", "begun", "body", "called_at", "caller", "cast", "chain", "deadline", "detached", "dot", "due_with", "extra", "fate",
+        "finished", "in_chain", "is_watched", "lane", "method", "order", "outcome", "reply", "retry", "stream", "timeout", "to_be_watched",
         "waited_in", "waits_without_deadline", "way",
     )  # fmt: skip
 
@@ -149,6 +149,7 @@ class Pending:
         self.detached = False  # a future's: its sender does not wait
         self.in_chain = False
         self.deadline = FOREVER
+        self.called_at = 0.0  # when, on `time.perf_counter`, if the time until its answer is to be noted
         self.waits_without_deadline = False
         self.due_with: set[Pending] | None = None  # those that expire at the same time
         self.begun = False
@@ -193,6 +194,8 @@ class Pending:
                 return
             self.outcome, self.finished = outcome, True
             teller, self._teller = self._teller, None
+        if self.called_at and self.way is not None and isinstance(outcome, Opened):
+            self.lane.client.metrics.note(self.way.link.path, time.perf_counter() - self.called_at)
         if self.due_with is not None:
             self.due_with.discard(self)
         if teller is not None:

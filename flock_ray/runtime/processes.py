@@ -71,6 +71,7 @@ class Process:
     stuck: int = 0  # of these, those that do not end
     condemned: bool = False  # it gets no more lives: a bird that does not return is in it
     killed_for: str = ""
+    ran: wire.Ran | None = None  # what it has said last; of one that was started here never `None`
     unsent: dict[object, Any] = field(default_factory=dict)  # orders to one of light birds: those to hatch by dot and incarnation
 
 
@@ -109,7 +110,7 @@ class Processes:
     def new(self, kind: Kind, options: Options, order: wire.HatchOrder | None) -> Process:
         """Has a process started; without an order it waits for one, or, for light birds, takes all that come."""
         name = f"{LIGHT if kind.light else ''}host:{self._record.life}:{self._node[:8]}:{uuid.uuid4().hex[:10]}"
-        process = self._by_host[name] = Process(name, kind)
+        process = self._by_host[name] = Process(name, kind, ran=wire.Ran(name, 0, 0))
         self._task(self._start(process, options, order))
         return process
 

@@ -91,14 +91,14 @@ class Recorded(Generic[T]):
     """A coroutine of a bird, each step of which is recorded."""
 
     def __init__(self, recorder: Recorder, dot: Dot, work: Coroutine[Any, Any, T]) -> None:
-        self._recorder, self._dot, self._work = recorder, dot, work
+        self._recorder, self._dot, self.work = recorder, dot, work
 
     def __await__(self) -> Generator[Any, Any, T]:
         value, error = None, None
         while True:
             self._recorder.note(self._dot)
             try:
-                waits_for = self._work.send(value) if error is None else self._work.throw(error)
+                waits_for = self.work.send(value) if error is None else self.work.throw(error)
             except StopIteration as stop:
                 return stop.value  # type: ignore[no-any-return]  # of its coroutine
             finally:
@@ -106,7 +106,7 @@ class Recorded(Generic[T]):
             try:
                 value, error = (yield waits_for), None
             except GeneratorExit:
-                self._work.close()
+                self.work.close()
                 raise
             except BaseException as thrown:  # into the coroutine, as a cancellation
                 value, error = None, thrown

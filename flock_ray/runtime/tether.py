@@ -249,9 +249,11 @@ class Pulse:
 
     Args:
         grace: `nest_grace`, seconds.
+        beat: is called each time it asks.
     """
 
-    def __init__(self, link: ToNest, tether: Tether, grace: float) -> None:
+    def __init__(self, link: ToNest, tether: Tether, grace: float, beat: Callable[[], object] = lambda: None) -> None:
+        self._beat = beat
         self._link = link
         self._tether = tether
         self._most = max(2, round(DEAF * grace / PATIENCE))
@@ -267,6 +269,7 @@ class Pulse:
 
     def ask(self) -> None:
         """Asks once."""
+        self._beat()
         if not self._tether.adopted:  # it has died: that is the tether's business
             self._unanswered = 0
             time.sleep(PULSE)

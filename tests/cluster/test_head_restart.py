@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import flock_ray
+from flock_ray.notices import BirdCrashed, BirdNotice, BirdRunning, BirdStarted
 from tests.cluster import birds
 from tests.cluster.conftest import NEEDS_REDIS, WIRE, Flyground, init_whole
 from tests.cluster.test_promises import owners, runs, settled
@@ -141,6 +142,10 @@ def test_with_redis_no_caller_and_no_bird_notices(headland, eight, name):
         flock_ray.start(late, birds.Counter, 4)
         flock_ray.options(light=True).start(light, birds.Counter, 5)
         assert flock_ray.call(light, "get", timeout=PATIENCE) == 5
+        asked = time.monotonic()
+        told = {(type(notice), notice.name) for notice in flock_ray.events(follow=False, kinds=BirdNotice)}
+        assert time.monotonic() - asked < PATIENCE
+        assert {(BirdCrashed, victim), (BirdStarted, late), (BirdRunning, light)} <= told
         eventually(lambda: time.monotonic() > began + AWAY, "it was away for so long")
         during = cached.calls - before
         headland.head.restart()

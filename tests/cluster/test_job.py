@@ -14,7 +14,9 @@ from ray.cluster_utils import Cluster
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = "ray job submit --address http://head.example:8265 --working-dir scripts -- python demo.py --address auto --nodes 3 --birds 12"
+COMMAND = (
+    "ray job submit --address http://head.example:8265 --working-dir scripts -- python on_cluster.py --address auto --nodes 3 --birds 12"
+)
 
 
 @pytest.mark.own_process("it runs a script, which starts its birds itself")

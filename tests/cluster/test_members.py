@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
 import time
 
-import ray
-
 import flock_ray
-from flock_ray.core.notices import NestLeft, NestRecovered, NestSuspected
-from flock_ray.runtime import cluster
+from flock_ray.notices import NestLeft, NestRecovered, NestSuspected
 from tests.cluster import birds
 from tests.cluster.test_promises import settled
 from tests.support.waiting import eventually
@@ -19,14 +15,7 @@ NODES = 4
 
 def noticed(but=""):
     """What the nests of the view have noticed, but that of one node."""
-    record = cluster.flock_life("default")
-    found = []
-    for nest in flock_ray.nests():
-        if nest.node_id == but:
-            continue
-        packed = ray.get(cluster.nest_handle(record.life, nest.node_id).read.remote(pickle.dumps(("notices",))), timeout=60)
-        found += pickle.loads(packed)
-    return found
+    return [notice for notice in flock_ray.events(follow=False) if notice.node_id != but]
 
 
 def suspicions(node):

@@ -18,7 +18,7 @@ import ray
 
 import flock_ray
 from flock_ray.core.connection import Connection
-from flock_ray.core.notices import ConnectionsRefused
+from flock_ray.notices import ConnectionsRefused
 from flock_ray.runtime import client as client_module
 from flock_ray.runtime import cluster
 from flock_ray.runtime.client import client_of
@@ -172,10 +172,6 @@ def test_without_the_secret_nobody_is_heard_and_the_caller_takes_ray(flyground, 
         client.links._unreached.clear()
 
 
-def notices():
-    return [one for nest in flock_ray.nests() for one in ask_nest(nest.node_id, ("notices",))]
-
-
 def ask_nest(node, query):
     record = cluster.record_of("default")
     link = DirectNestLink(record.secret, record.life, cluster.folder_of(record, node))
@@ -275,7 +271,7 @@ def test_who_knocks_without_the_secret_is_turned_away_and_the_nest_says_so(flygr
                 assert stranger.recv(100) in (b"",)
 
     def by_nests():
-        return {one.where == "nest" for one in notices() if isinstance(one, ConnectionsRefused)}
+        return {one.where == "nest" for one in flock_ray.events(follow=False, kinds=ConnectionsRefused)}
 
     eventually(lambda: by_nests() == {True, False}, "nest and host have told")
     assert flock_ray.call(name, "echo", 1) == 1

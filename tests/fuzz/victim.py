@@ -28,6 +28,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from flock_ray.core import wire
+from flock_ray.core.board import Cursor, Page
 from flock_ray.core.connection import Connection
 from flock_ray.runtime import life_sync, listener, mailbox, peers
 from flock_ray.runtime.generators import Reading
@@ -184,7 +185,7 @@ class Ears(Nest):
         self._record = SimpleNamespace(flock="default")
         self._registry = SimpleNamespace(me=Life("node", 1))
         self._hosts = SimpleNamespace(word=lambda word: None)
-        self._notices = collections.deque(["x" * 50_000])
+        self._board = SimpleNamespace(read=lambda *args: Page(Cursor(), ("x" * 50_000,), 0, False))
         self._tasks = set()
         self.refused = 0
 

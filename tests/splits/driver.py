@@ -84,8 +84,8 @@ def nests(flock: str) -> list[list[Any]]:
 
 def notices(flock: str) -> list[list[Any]]:
     """What the nest of this node has noticed: kind, name (of a bird), text."""
-    client = client_of(flock)
-    found = client.courier.run(client.asks.read("notices"))
+    here = ray.get_runtime_context().get_node_id()
+    found = [notice for notice in Flock(flock).events(follow=False) if notice.node_id == here]
     return [[type(notice).__name__, getattr(notice, "name", None), notice.text] for notice in found]
 
 

@@ -100,7 +100,7 @@ class Node:
     nest: Registry | None = None
     life: int = 0
     hosts: dict[tuple[Dot, int], Host] = field(default_factory=dict)
-    exits: dict[Dot, Name] = field(default_factory=dict)
+    exits: dict[Dot, tuple[Name, Life]] = field(default_factory=dict)  # and the latest nest when it left, which may have been dead
     journal: list[bytes] = field(default_factory=list)
     copying: Iterator[bytes] | None = None  # all there is is written anew,
     outdated: int = 0  # and then so many pieces are deleted, the oldest first
@@ -184,6 +184,7 @@ class World:
         self.moved_states = 0
         self.fresh_starts = 0
         self.calming = False
+        self.bodies = letters.Bodies()  # of what a nest sends at one time: news goes to all of them, and is pickled once
         rng = self.rng
         self.groups = rng.choice([0.0, 0.03])  # seconds for which letters gather until a busy nest reads them
         self.nodes = [
@@ -231,7 +232,7 @@ class World:
             ev.Adopted(h.name, h.dot, h.spec, h.code, h.incarnation, h.born, f"h{h.born}", h.restarts, h.crashes, h.running, h.record)
             for h in node.hosts.values()
         ]
-        exits = tuple((name, dot) for dot, name in node.exits.items())
+        exits = tuple((name, dot) for dot, (name, _) in node.exits.items())
         self.log(f"boot {me} adopts {[(str(a.dot), a.incarnation, a.record is not None) for a in adopted]}")
         record = NodeRecord(me, node.cpus, node.resources)
         self.handle(node, ev.Booted(record, tuple(adopted), exits, tuple(node.journal)))
@@ -262,6 +263,7 @@ class World:
         if nest is None:
             return
         node.held = set(nest.holds.lives)
+        self.bodies = letters.Bodies()
         effects = nest.handle_all(events, self.clock(node))
         self._watch(node, nest)  # first: a verdict and what follows from it may come of one event
         for effect in effects:
@@ -341,7 +343,7 @@ class World:
         to = self.node(effect.to)
         if self.rng.random() < self._loss():
             return
-        (packed,) = letters.pack([(effect.to, effect.envelope)], letters.Bodies())
+        (packed,) = letters.pack([(effect.to, effect.envelope)], self.bodies)
         for _ in range(2 if not self.calming and self.rng.random() < self.mix.double else 1):
             delay = self.rng.expovariate(1 / 0.02) if self.rng.random() < 0.9 else self.rng.uniform(0, 2.0)
             self.at(0.001 + delay, lambda: self._deliver(node, to, effect, packed))
@@ -408,8 +410,15 @@ class World:
         if value == kept:
             self.moved_states += 1
             self.must[effect.dot] = (kept, who)  # until it runs: a life that ends before hands it on
-        elif any(frozenset((node.index, j)) not in self.established for j in who):
+        elif any(self._should_know(node, self.nodes[j], effect.dot) for j in who):
             raise Violation(f"I2 {effect.name}: {effect.dot} at {node.id} without the state {kept} released (copies at {sorted(who)})")
+
+    def _should_know(self, node: Node, other: Node, dot: Dot) -> bool:
+        """Would one that hatches have to know of another's copy? Of what a nest has fetched that joined the others in a split it cannot."""
+        if frozenset((node.index, other.index)) in self.established or node.nest is None:
+            return False
+        keeps = any(host.dot == dot and host.record is not None for host in other.hosts.values())
+        return keeps or other.nest is None or other.nest.me in node.nest.membership.view
 
     def _up(self, node: Node, host: Host) -> None:
         if node.hosts.get((host.dot, host.born)) is host and not host.ending:
@@ -615,7 +624,7 @@ class World:
             node.ended.add(host.dot)
             self.log(f"exit {host.name} {host.dot} inc {host.born} at {node.id}")
             if host.spec.options.restart != "permanent":
-                node.exits[host.dot] = host.name
+                node.exits[host.dot] = host.name, Life(node.id, node.life)
                 self._note_removal(host.dot, Life(node.id, node.life))
             self.handle(node, wire.LifeExited(host.dot, host.born))
 
@@ -641,8 +650,8 @@ class World:
             self._end_hosts(node)
 
     def _end_hosts(self, node: Node) -> None:
-        for dot in node.exits:
-            self.removed[dot].pop(Life(node.id, node.life), None)  # nobody has been told
+        for dot, (_, life) in node.exits.items():
+            self.removed[dot].pop(life, None)  # nobody has been told
         node.hosts, node.exits = {}, {}
         for _, who in self.must.values():
             who.discard(node.index)

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, assert_type
 import ray
 
 import flock_ray
-from flock_ray import Bird, BirdInfo, Flock, Method, NestInfo, Timer
+from flock_ray import Bird, BirdInfo, BirdStack, Explanation, Feed, Flock, Method, NestInfo, Timer, notices
 
 T = TypeVar("T")
 
@@ -116,8 +116,13 @@ def looking() -> None:
     assert_type(flock_ray.bird("a"), Bird[Any])
     assert_type(flock_ray.birds(state="failed", of=Counter), list[BirdInfo])
     assert_type(flock_ray.info("a"), BirdInfo)
+    assert_type(flock_ray.explain("a"), Explanation)
+    assert_type(flock_ray.stack("a"), BirdStack)
     assert_type(flock_ray.count(), int)
     assert_type(flock_ray.nests(), list[NestInfo])
+    assert_type(next(flock_ray.events()), notices.Notice)
+    assert_type(flock_ray.events(follow=False, since=1.0, kinds=notices.BirdCrashed), Feed[notices.BirdCrashed | notices.Missed])
+    flock_ray.events(kinds=Counter)  # type: ignore[type-var]  # pyright: ignore[reportArgumentType, reportCallIssue]
     assert_type(flock_ray.shutdown(), None)
     assert_type(flock_ray.destroy(), None)
     flock_ray.wait("a", "away")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
@@ -133,6 +138,8 @@ async def awaiting(bird: Bird[Counter]) -> None:
     assert_type(await flock_ray.aio.wait("a"), None)
     assert_type(await flock_ray.aio.info("a"), BirdInfo)
     assert_type(await Flock("x").aio.count(), int)
+    async for notice in flock_ray.aio.events():
+        assert_type(notice, notices.Notice)
     assert_type(await bird.add.aio(5), Any)
 
 

@@ -13,7 +13,7 @@ import pytest
 from flock_ray.config import Config, check_known
 
 NO_PORTS = "ports must be the first and the last of a range, (lo, hi) with 1 <= lo <= hi <= 65535"
-NUMBERS = [field.name for field in dataclasses.fields(Config) if field.name not in ("minority", "wire", "ports")]
+NUMBERS = [field.name for field in dataclasses.fields(Config) if field.name not in ("minority", "wire", "ports", "metrics")]
 
 
 def with_one(setting: str, value: Any) -> Config:
@@ -73,6 +73,8 @@ def test_none_is_refused_unless_it_means_something(setting: str) -> None:
         ({"minority": "stop"}, "minority must be 'run' or 'pause', not 'stop'"),
         ({"minority": None}, "minority must be 'run' or 'pause', not None"),
         ({"wire": "tcp"}, "wire must be 'auto' or 'ray', not 'tcp'"),
+        ({"metrics": 1}, "metrics must be True or False, not 1"),
+        ({"metrics": "no"}, "metrics must be True or False, not 'no'"),
         ({"ports": 80}, f"{NO_PORTS}, not 80"),
         ({"ports": (9, 8)}, f"{NO_PORTS}, not (9, 8)"),
         ({"ports": (0, 8)}, f"{NO_PORTS}, not (0, 8)"),

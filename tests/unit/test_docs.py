@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import ast
 import inspect
+import logging
 import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import flock_ray
+from flock_ray import notices
 from flock_ray.api.options import check
+from flock_ray.cli.commands import app
 from flock_ray.config import Config
-from flock_ray.specs import BirdInfo, NestInfo, Options
+from flock_ray.runtime.metrics import METRICS
+from flock_ray.specs import BirdInfo, BirdStack, Candidate, Explanation, NestInfo, Options, Running
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -219,7 +224,10 @@ def test_every_option_is_in_its_table_with_its_default():
 def test_the_tables_of_the_api_have_every_public_name_and_no_other():
     functions = {name for row in rows(section("API")) for name in re.findall(r"^`(\w+)\(", row[0])}
     errors = {name for row in rows(section("Errors")) for name in re.findall(r"^`(\w+)`", row[0])}
-    values = {"Bird", "BirdInfo", "Config", "Flock", "FlockError", "Me", "Method", "NestInfo", "Stream", "Timer", "aio"}
+    values = {
+        "Bird", "BirdInfo", "BirdStack", "Candidate", "Config", "Explanation", "Feed", "Flock", "FlockError", "Me", "Method", "NestInfo",
+        "Running", "Stream", "Timer", "aio", "notices",
+    }  # fmt: skip
     assert all(f"`{name}" in README or f"`flock_ray.{name}" in README for name in values)
     assert functions | errors | values == set(flock_ray.__all__)
 
@@ -237,9 +245,37 @@ def test_the_signatures_in_the_api_tables_are_the_functions_own():
         assert (stated.args.kwarg is not None) == any(p.kind is p.VAR_KEYWORD for p in own), text
 
 
-@pytest.mark.parametrize("kind", [BirdInfo, NestInfo])
+@pytest.mark.parametrize("kind", [BirdInfo, NestInfo, BirdStack, Candidate, Explanation, Running])
 def test_every_field_of_an_info_is_named(kind):
-    assert all(f"`{field.name}`" in section("API") for field in fields(kind))
+    names = getattr(kind, "_fields", None) or [field.name for field in fields(kind)]
+    assert all(f"`{name}`" in section("API") for name in names)
+
+
+def test_the_table_of_the_command_line_has_every_command():
+    said = {re.match(r"`([\w-]+)", row[0])[1] for row in rows(section("Command line"))[1:]}
+    assert said == set(typer.main.get_command(app).commands)
+
+
+def test_every_notice_is_in_its_table_with_its_level_and_fields():
+    table = {name: row for row in rows(section("API")) for name in re.findall(r"`(\w+)`", row[0])}
+    kinds = [
+        kind for kind in vars(notices).values() if isinstance(kind, type) and issubclass(kind, notices.Notice) and not kind.__subclasses__()
+    ]
+    common = {field.name for base in (notices.Notice, notices.BirdNotice, notices.NestNotice) for field in fields(base)}
+    assert {"BirdCrashed", "NestLeft", "Missed"} < {kind.__name__ for kind in kinds}
+    assert all(f"`{name}`" in section("API") for name in common)
+    for kind in kinds:
+        named, level, text = table[kind.__name__]
+        levels = dict(zip(re.findall(r"`(\w+)`", named), level.split(", "), strict=True))
+        assert levels[kind.__name__] == logging.getLevelName(kind.level).lower()
+        assert all(f"`{field.name}`" in text for field in fields(kind) if field.name not in common), kind
+
+
+def test_every_metric_is_in_its_table_with_its_kind_and_tags():
+    said = {row[0].strip("`"): row for row in rows(section("Metrics"))[1:]}
+    assert {name: kind for name, (_, kind, _) in said.items()} == {name: metric.kind.lower() for name, metric in METRICS.items()}
+    for name, metric in METRICS.items():
+        assert all(f"`{tag}`" in said[name][2] for tag in metric.tags if tag not in ("flock", "node"))
 
 
 @pytest.mark.parametrize("text", [README, INTERNALS], ids=["README", "INTERNALS"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from flock_ray.core.notices import BirdCrashed, BirdRunning, BirdStarted
+from flock_ray.notices import BirdCrashed, BirdRunning, BirdStarted
 from flock_ray.runtime import loglines
 from flock_ray.specs import Dot, Life
 

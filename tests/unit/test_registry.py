@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,11 +17,11 @@ from flock_ray.core import journal, letters, readings
 from flock_ray.core import messages as msg
 from flock_ray.core.aworset import Hashes
 from flock_ray.core.holds import BirdLife, Phase
-from flock_ray.core.notices import CastLost, NameConflict
 from flock_ray.core.registry import BURST, GATHER, LITTLE, NAMES_A_STEP, Registry
 from flock_ray.core.replica import RECORDS, Replica
 from flock_ray.core.sync import Sync
 from flock_ray.core.wire import LifeBegins, LifeCrashed, LifeEnded, LifeExited, LifeRunning
+from flock_ray.notices import BirdCrashed, BirdMoved, BirdRestarted, BirdRunning, BirdStarted, BirdStopped, CastLost, NameConflict, Notice
 from flock_ray.specs import Dot, Life, NodeRecord, Options, Spec, Stamp
 
 ME, PEER = Life("a", 1), Life("b", 1)
@@ -125,9 +126,29 @@ def test_casts_to_a_name_that_nobody_knows_are_told_once():
     nest = lone_nest(cpus=1.0)
     for casts in (0, 3):
         effects = nest.handle(ev.Locate(f"request {casts}", "nobody", "running", 1.0, casts=casts), 0.2)
-        told = [effect.notice for effect in effects if isinstance(effect, do.Emit)]
-        assert told == ([CastLost(ME, "nobody", 3)] if casts else [])
+        assert told(effects) == ([CastLost(ME, "nobody", 3)] if casts else [])
         assert [effect.outcome.error for effect in effects if isinstance(effect, do.Reply)] == ["BirdNotFound"]
+
+
+def told(effects: list[do.Effect]) -> list[Notice]:
+    return [effect.notice for effect in effects if isinstance(effect, do.Emit)]
+
+
+def test_each_next_life_in_place_is_told_as_a_restart_and_the_end_as_a_stop():
+    """`restart` ends a life too, but that is not told as a stop."""
+    nest = lone_nest(2.0)
+    kinds = [type(notice) for notice in told(nest.handle(start(1), 1.0))]
+    for request, kind in (("a", "run"), ("b", "crash")):
+        kinds += [type(notice) for notice in told(nest.handle(event_of(nest, kind, 1, request), 1.0))]
+    kinds += [type(notice) for notice in told(nest.handle(ev.Tick(), 2.0))]
+    kinds += [type(notice) for notice in told(nest.handle(event_of(nest, "run", 1, "c"), 2.0))]
+    assert kinds == [BirdStarted, BirdRunning, BirdCrashed, BirdRestarted, BirdRunning]
+    (end,) = [effect for effect in nest.handle(ev.Restart("d", "bird-1"), 3.0) if isinstance(effect, do.EndLife)]
+    effects = nest.handle(LifeEnded(end.dot, end.born), 3.0) + nest.handle(ev.Tick(), 3.0)
+    assert [(type(notice), notice.incarnation) for notice in told(effects)] == [(BirdRestarted, 3)]
+    nest.handle(event_of(nest, "run", 1, "e"), 3.0)
+    (end,) = [effect for effect in nest.handle(ev.Stop("f", "bird-1"), 4.0) if isinstance(effect, do.EndLife)]
+    assert [type(notice) for notice in told(nest.handle(LifeEnded(end.dot, end.born), 4.0))] == [BirdStopped]
 
 
 # Many names
@@ -178,6 +199,22 @@ class Pair:
         news = [body for body in self.sent if isinstance(body, msg.News)]
         self.sent.clear()
         return news
+
+
+class Told(Pair):
+    """Keeps all that its nests have wanted done, and so what they have told."""
+
+    def __init__(self, *lives: Life) -> None:
+        self.effects: list[do.Effect] = []
+        super().__init__(*lives)
+
+    def take(self, life: Life, *events: ev.Event) -> list[do.Effect]:
+        effects = super().take(life, *events)
+        self.effects += effects
+        return effects
+
+    def of(self, kind: type[Notice]) -> list[Any]:
+        return [notice for notice in told(self.effects) if isinstance(notice, kind)]
 
 
 def running(effects: list[do.Effect]) -> list[ev.Event]:
@@ -483,7 +520,9 @@ def test_readings_of_birds_that_failed_or_lived_on_a_node_that_is_gone():
     hatch = next(effect for effect in trio.take(ME, start(mine)) if isinstance(effect, do.Hatch))
     trio.take(ME, LifeRunning(hatch.dot, hatch.born, "host"))
     trio.pass_time(1.0)
-    assert sum(readings.held(nest), Counter()) == {ME.node: 1, "c": 1}
+    (found,) = [bird for birds in readings.birds(nest, None, ME.node, None, "birds.Bird") for bird in birds]
+    assert (found.name, found.class_name, found.path) == (f"bird-{mine}", "birds.Bird", None)
+    assert sum(readings.tally(nest), Counter()) == {(ME.node, "running"): 1, ("c", "running"): 1}
     assert readings.is_expected(nest, f"bird-{theirs}") and readings.is_expected(nest, f"bird-{mine}")
     assert not readings.is_expected(nest, "nobody")
     nest.holds.lives[hatch.dot].crashes = 1_000
@@ -492,24 +531,57 @@ def test_readings_of_birds_that_failed_or_lived_on_a_node_that_is_gone():
     del trio.nests[third]
     trio.take(ME, ev.MemberDead(third), ev.NodeProbed(third, "refused"))  # the peer has not heard of it: nobody may hatch it yet
     trio.pass_time(1.0)
-    assert "c" not in sum(readings.held(nest), Counter())
+    counts = sum(readings.tally(nest), Counter())
+    assert set(counts) == {(ME.node, "failed"), (PEER.node, "pending")}, "each where it is, or should be"
     assert "pending" in nest.desk.too_late(f"bird-{theirs}", "running").message
 
 
 # One name with two specs
 
 
-class Told(Pair):
-    """Keeps what was told of conflicts, and by whom."""
+def test_each_move_is_told_once_by_whoever_hatches_the_next_life():
+    """Also where the node is gone, so that nobody is left there to tell it."""
+    pair, joins = Told(ME), PEER
+    pair.take(ME, *running(pair.take(ME, *[start(n) for n in range(20)])))
+    pair.nests[joins] = Registry(joins, Config(), lambda: 0.5)
+    pair.take(joins, ev.Booted(NodeRecord(joins, 2.0)))
+    pair.take(ME, ev.MemberAlive(joins))
+    pair.take(joins, ev.MemberAlive(ME))
+    pair.pass_time(3.0)
+    pair.take(ME, *[LifeEnded(effect.dot, effect.born) for effect in pair.effects if isinstance(effect, do.EndLife)])
+    pair.pass_time(2.0)
+    there = sorted((joins, f"bird-{n}", ME.node) for n in range(20) if pair.nests[joins].owns(f"bird-{n}"))
+    assert there
+    assert sorted((notice.by, notice.name, notice.source) for notice in pair.of(BirdMoved)) == there
+    assert not pair.of(BirdStopped)
+    pair.effects.clear()
+    del pair.nests[joins]
+    pair.take(ME, ev.MemberDead(joins), ev.NodeProbed(joins, "refused"))
+    pair.pass_time(3.0)
+    back = sorted((notice.by, notice.name, notice.source) for notice in pair.of(BirdMoved))
+    assert back == [(ME, name, joins.node) for _, name, _ in there]
 
-    def __init__(self, *lives: Life) -> None:
-        self.conflicts: list[NameConflict] = []
-        super().__init__(*lives)
 
-    def take(self, life: Life, *events: ev.Event) -> list[do.Effect]:
-        effects = super().take(life, *events)
-        self.conflicts += [effect.notice for effect in effects if isinstance(effect, do.Emit) and isinstance(effect.notice, NameConflict)]
-        return effects
+def test_each_bird_is_counted_by_one_nest_in_whatever_state_it_is():
+    trio = Pair(ME, PEER, Life("c", 1))
+    nowhere = Options(resources=(("wings", 1.0),))
+    effects = trio.take(ME, *[start(n) for n in range(30)], start(30, nowhere))
+    trio.pass_time(1.0)
+
+    def states():
+        return {life: readings.own_states(nest, sum(readings.tally(nest), Counter())) for life, nest in trio.nests.items()}
+
+    assert sum(states().values(), Counter()) == Counter(starting=30, pending=1)
+    trio.take(ME, *running(effects))
+    trio.pass_time(1.0)
+    own = {life: sum(nest.owns(f"bird-{n}") for n in range(30)) for life, nest in trio.nests.items()}
+    assert sum(states().values(), Counter()) == Counter(starting=30 - own[ME], running=own[ME], pending=1)
+    assert states()[ME] == Counter(running=own[ME], pending=1), "what fits nowhere is counted by the first of the view"
+    (life, *_) = trio.nests[ME].holds.lives.values()
+    life.crashes = 1_000
+    trio.take(ME, LifeCrashed(life.dot, life.born, "boom"))
+    trio.pass_time(1.0)
+    assert sum(states().values(), Counter()) == Counter(starting=30 - own[ME], running=own[ME] - 1, pending=1, failed=1)
 
 
 @pytest.mark.parametrize("dies", [False, True], ids=["its node lives", "its node dies"])
@@ -538,7 +610,7 @@ def test_a_conflict_is_told_once_though_its_owner_changes_with_the_heal(number, 
         whole.take(life, *[ev.MemberAlive(other) for other in every if other != life])
     whole.pass_time(15.0)
     assert all(len(nest.membership.view) == len(every) for nest in every.values())
-    told, *more = whole.conflicts
+    told, *more = whole.of(NameConflict)
     assert not more
     assert told.winner.life == lives[0]
     assert dies or told.by == lives[0], "by who accepted the winner"

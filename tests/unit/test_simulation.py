@@ -35,3 +35,26 @@ def test_steps_of_one_name_come_to_the_same_end(mix, first, monkeypatch):
     """What is much is adopted and looked at in steps, between which other things happen: here each step is of one name."""
     monkeypatch.setattr(registry, "NAMES_A_STEP", 1)
     assert all(schedule(mix, seed).what_is_wrong() == "" for seed in range(first, first + BATCH))
+
+
+def test_an_exit_that_no_nest_has_heard_of_goes_with_its_host():
+    """Found by seed 11172: a nest died 2 ms after it was booted, and the host gave up; the simulator blamed the core."""
+    schedule("blackout", 11172)
+
+
+def test_a_loser_ends_where_the_winner_fits_nowhere():
+    """Found by seed 11932: of two starts of a name the first has demands that no node meets: there is no owner, who would end the other."""
+    schedule("last", 11932)
+
+
+def test_a_bird_that_does_not_move_is_found_after_one_that_counted_for_more():
+    """Found by seed 11937: a second life, of a split, had the higher status, and left while its nest was dead.
+
+    The life that stayed was not the owner's, so nobody raised it above that status, and callers waited for a nest that was gone.
+    """
+    schedule("blackout", 11937)
+
+
+def test_a_nest_need_not_know_what_one_has_fetched_that_joined_the_others_in_a_split():
+    """Found by seed 5027: the simulator counted a copy of the other side, at a node that had booted during the split."""
+    schedule("all", 5027)

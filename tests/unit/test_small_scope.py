@@ -4,58 +4,49 @@ from __future__ import annotations
 
 import pytest
 
-from flock_ray.core.ring import ring_from
-from tests.support.scope import NAME, Scope, explore
+from tests.support.scope import FAULTS_IN_ALL, LATE, Scope, explore, runs, shallow
+from tests.support.sim import Violation
+from tests.unit import test_mutants as mutants
 
-OWNER = int(ring_from((("n0", 16), ("n1", 16))).owner(NAME)[1:])  # when both are there
-OTHER = 1 - OWNER
-BUDGET = {"start": 1, "stop": 1, "crash": 1, "nest": 1, "cut": 1}
-STEPS, DEPTH = 18, 2
+DEPTH, REST = 2, 1  # `scripts/simulate --small-scope 60` goes deeper
 
-
-def alone() -> Scope:
-    """The bird runs at the one nest there is, and the nest that will own it is to come."""
-    scope = Scope({**BUDGET, "start": 2}, up=(OTHER,))
-    while not scope.sides[OTHER].nest.membership.ready:
-        scope.goes_on()
-    scope.act("start", OTHER)
-    for _ in range(4):
-        scope.goes_on()
-    assert [len(side.hosts) for side in scope.sides] == [int(at == OTHER) for at in (0, 1)]
-    return scope
-
-
-def joining() -> Scope:
-    scope = alone()
-    scope.act("back", OWNER)
-    return scope
+# Those that two nests and one name can show in so few steps.
+SHOWN = [
+    mutants.no_barrier,
+    mutants.hatch_on_silence,
+    mutants.holds_are_not_reported,
+    mutants.fetched_at_first_sight,
+    mutants.dead_at_the_first_word,
+    mutants.an_old_life_is_dropped_when_the_new_one_is_heard,
+    mutants.ready_without_the_others,
+    mutants.admitted_unsynced,
+    mutants.adopted_birds_are_forgotten,
+    mutants.a_crash_is_forgotten,
+    mutants.a_stop_ends_nothing,
+    mutants.join_ignores_the_context,
+]
 
 
-def together() -> Scope:
-    """The bird has moved to its owner."""
-    scope = joining()
-    while not any(host.running for host in scope.sides[OWNER].hosts.values()):
-        scope.goes_on()
-    return scope
+@pytest.fixture(autouse=True)
+def a_shallow_tree():
+    with shallow():
+        yield
 
 
-def owner_lost() -> Scope:
-    """The owner's nest has died, and its node is there."""
-    scope = together()
-    for _ in range(10):
-        scope.goes_on()
-    scope.act("nest", OWNER)
-    return scope
+def explored():
+    scope = Scope()
+    return explore(scope, runs(scope, FAULTS_IN_ALL, LATE), DEPTH, REST)
 
 
-def split() -> Scope:
-    scope = together()
-    scope.act("cut", 0)
-    return scope
+def test_no_interleaving_has_two_lives_and_all_come_to_rest():
+    found = explored()
+    print(found)
+    assert found.depth == DEPTH
+    assert found.states > 5_000
 
 
-@pytest.mark.parametrize("root", [joining, together, owner_lost, split])
-def test_no_interleaving_has_two_lives(root):
-    found = explore(root(), STEPS, DEPTH)
-    print(f"{root.__name__}: {found.states} states, {found.actions} actions, depth {found.depth} from each of {STEPS} states of a run")
-    assert found.states > 500
+@pytest.mark.parametrize("bug", SHOWN, ids=[bug.__name__ for bug in SHOWN])
+def test_the_small_scope_catches(bug, monkeypatch):
+    bug(monkeypatch)
+    with pytest.raises(Violation):
+        explored()

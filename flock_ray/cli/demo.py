@@ -1,13 +1,13 @@
 """Flock's demo, on Ray: names on a real local cluster of several raylets, a node's death, a node's joining, a crash, an exit.
 
-Every step checks what it claims against the ring, and ends the run with a clear sentence and status 1 if it is not so. Run it by
-`scripts/demo [--nodes 4] [--birds 20] [--light]`, which sets up all it needs. Bars on a terminal, plain lines elsewhere; Ctrl-C cleans up.
-With `--address auto`, as a script of `ray submit` or `ray job submit`, it runs on the cluster that is there, and kills no node of it.
+Every step checks what it claims against the ring, and ends the run with a clear sentence and status 1 if it is not so. It is
+`flock-ray demo`; in a checkout `scripts/demo` sets up all that needs. Bars on a terminal, plain lines elsewhere; Ctrl-C cleans up.
+As scripts/on_cluster.py, for `ray submit` and `ray job submit`, it runs on the cluster that is there, and kills no node of it.
 """
 
 from __future__ import annotations
 
-import argparse
+import logging
 import os
 import sys
 import time
@@ -222,13 +222,13 @@ def local_cluster(nodes: int) -> Iterator[tuple[Cluster, list[Any]]]:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         workers = [cluster.add_node(num_cpus=1) for _ in range(nodes - 1)]
-        ray.init(cluster.address, log_to_driver=False, logging_level="warning")
+        ray.init(cluster.address, log_to_driver=False, logging_level=logging.WARNING)
         yield cluster, workers
     finally:
         started = me.children(recursive=True)
         if ray.is_initialized():
             ray.shutdown()
-        cluster.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]  # Ray has no types here
         _, alive = psutil.wait_procs(started, timeout=5)
         for process in alive:
             process.kill()
@@ -237,36 +237,37 @@ def local_cluster(nodes: int) -> Iterator[tuple[Cluster, list[Any]]]:
 @contextmanager
 def running_cluster(address: str, nodes: int) -> Iterator[None]:
     """A connection to a Ray cluster that runs; waits until it has this many nodes."""
-    ray.init(address, log_to_driver=False, logging_level="warning")
+    ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
     try:
-        waiting("nodes", nodes, lambda: sum(node["Alive"] for node in ray.nodes()), deadline=600.0)
+        waiting("nodes", nodes, lambda: sum(node["Alive"] for node in ray.nodes()), deadline=600.0)  # type: ignore[no-untyped-call]  # as above
         yield
     finally:
         ray.shutdown()
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nodes", type=int, default=4, help="raylets, the head's included (at least 2)")
-    parser.add_argument("--address", help="of a Ray cluster that runs, or `auto`: the demo waits until it has so many nodes")
-    parser.add_argument("--birds", type=int, default=20, help="birds to start (at least 2)")
-    parser.add_argument("--light", action="store_true", help="light birds, many in a process (Flock's own demo has 100)")
-    given = parser.parse_args()
-    if given.nodes < 2 or given.birds < 2:
-        parser.error("the demo needs at least 2 nodes and 2 birds")
-    names = [f"bird:{i}" for i in range(1, given.birds + 1)]
+def run(nodes: int, birds: int, light: bool, address: str = "") -> int:
+    """Shows it all.
+
+    Args:
+        nodes: raylets, the head's included; at least 2.
+        birds: to start; at least 2.
+        light: light birds.
+        address: of a Ray cluster that runs, or `auto`: the demo waits until it has so many nodes. Empty: a cluster of its own.
+
+    Returns:
+        The exit code: 1 if a claim did not hold.
+    """
+    names = [f"bird:{i}" for i in range(1, birds + 1)]
     try:
-        if given.address:
-            with running_cluster(given.address, given.nodes):
-                show = Show(names, given.light)
-                show.end(show.start(given.nodes))
+        show = Show(names, light)
+        if address:
+            with running_cluster(address, nodes):
+                show.end(show.start(nodes))
         else:
-            console.print(f"starting a Ray cluster of {given.nodes} nodes")
-            with local_cluster(given.nodes) as (cluster, workers):
-                show = Show(names, given.light)
-                places = show.start(given.nodes)
-                places = show.join(show.kill(places, cluster, workers), cluster)
-                show.end(places)
+            console.print(f"starting a Ray cluster of {nodes} nodes")
+            with local_cluster(nodes) as (cluster, workers):
+                places = show.kill(show.start(nodes), cluster, workers)
+                show.end(show.join(places, cluster))
     except Broken as broken:
         console.print(f"The demo failed: {broken}.", style="bold red")
         return 1
@@ -275,7 +276,3 @@ def main() -> int:
         return 130
     console.print("Everything was as the ring says.", style="bold green")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""`flock-ray`, the command line. `commands.py` has the commands; nothing else of flock_ray imports from here."""
