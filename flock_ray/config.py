@@ -53,6 +53,9 @@ class Config:
             birds come. `None`: as many as it has CPUs.
         light_threads: how many light birds of a process may run a method at a time; those that wait for a call of theirs do not count, nor
             do `async def` methods. More lets more birds block, and costs memory; when all do, their neighbours wait.
+        rest_after: when the nest of a node leaves it that has had no bird, and no request, for so long: Ray's autoscaler may then remove
+            the node. Not on the head. It comes back when there are birds that fit on no other node. Shorter frees nodes sooner; longer
+            keeps the load more even, for a node without a nest takes no birds. `None`: it stays, and the autoscaler removes no node.
         metrics: do nests and callers give metrics to Ray's Prometheus endpoints? Without, each process that calls saves some 20 series of
             Prometheus for each path that its calls take, and a nest looks at its names less.
         start_argument_limit: bytes of pickled arguments `start` takes: they are replicated to every node.
@@ -82,11 +85,12 @@ class Config:
     spares: int = 0
     light_hosts: int | None = None
     light_threads: int = 32
+    rest_after: float | None = None
     metrics: bool = True
     start_argument_limit: int = 1_000_000
 
     def __post_init__(self) -> None:
-        optional = {"call_timeout", "max_birds", "light_hosts"}
+        optional = {"call_timeout", "max_birds", "light_hosts", "rest_after"}
         may_be_zero = {"settle", "bootstrap_wait", "min_free_memory", "spares"}
         for setting in fields(self):
             value = getattr(self, setting.name)

@@ -2,18 +2,21 @@
 
 Every step checks what it claims against the ring, and ends the run with a clear sentence and status 1 if it is not so. It is
 `flock-ray demo`; in a checkout `scripts/demo` sets up all that needs. Bars on a terminal, plain lines elsewhere; Ctrl-C cleans up.
+As scripts/on_cluster.py, for `ray submit` and `ray job submit`, it runs on the cluster that is there, and kills no node of it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+if not any(given.startswith("--address") for given in sys.argv):  # a cluster that is there has its own
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
@@ -123,12 +126,13 @@ def loads(places: dict[str, str]) -> None:
 
 
 class Show:
-    """The demo's steps, on one cluster."""
+    """The demo's steps."""
 
-    def __init__(self, cluster: Cluster, workers: list[Any], names: list[str], light: bool) -> None:
-        self.cluster, self.workers, self.names, self.light = cluster, workers, names, light
+    def __init__(self, names: list[str], light: bool) -> None:
+        self.names, self.light = names, light
 
     def start(self, nodes: int) -> dict[str, str]:
+        flock_ray.init()
         console.rule("birds start")
         waiting("nests", nodes, lambda: len(flock_ray.nests()))
         starter = flock_ray.options(on_error="crash", light=self.light)
@@ -139,15 +143,14 @@ class Show:
         loads(places)
         return places
 
-    def kill(self, places: dict[str, str]) -> dict[str, str]:
+    def kill(self, places: dict[str, str], cluster: Cluster, workers: list[Any]) -> dict[str, str]:
         console.rule("a node is killed")
-        counts = {node.node_id: sum(place == node.node_id for place in places.values()) for node in self.workers}
-        victim = max(self.workers, key=lambda node: counts[node.node_id])
+        counts = {node.node_id: sum(place == node.node_id for place in places.values()) for node in workers}
+        victim = max(workers, key=lambda node: counts[node.node_id])
         lost = [name for name, place in places.items() if place == victim.node_id]
         nests = len(flock_ray.nests())
         began = time.monotonic()
-        self.cluster.remove_node(victim, allow_graceful=False)
-        self.workers.remove(victim)
+        cluster.remove_node(victim, allow_graceful=False)
         console.print(f"kill -9 of node {short(victim.node_id)}, where {len(lost)} birds were")
         waiting("the others notice", 1, lambda: int(len(flock_ray.nests()) == nests - 1))
         waiting("its birds elsewhere", len(self.names), settled(self.names))
@@ -160,14 +163,13 @@ class Show:
         loads(after)
         return after
 
-    def join(self, places: dict[str, str]) -> dict[str, str]:
+    def join(self, places: dict[str, str], cluster: Cluster) -> dict[str, str]:
         console.rule("a node joins")
         before = {info.name: info for info in flock_ray.birds()}
         flock_ray.call_many([(name, "chirp") for name in self.names])
         chirps = flock_ray.ask_all("how_many", of=Chirper)
         nests = len(flock_ray.nests())
-        newcomer = self.cluster.add_node(num_cpus=1)
-        self.workers.append(newcomer)
+        newcomer = cluster.add_node(num_cpus=1)
         waiting("the newcomer's nest", nests + 1, lambda: len(flock_ray.nests()))
         waiting("birds move", len(self.names), settled(self.names))
         after = replies(self.names, show=False)
@@ -199,6 +201,12 @@ class Show:
         claim(flock_ray.info(name).incarnation > before.incarnation, f"bird {name} has no new incarnation")
         console.print(f"bird {name} replied {short(place)}: restarted in place, incarnation {flock_ray.info(name).incarnation}")
 
+    def end(self, places: dict[str, str]) -> None:
+        self.crash(places)
+        self.exit()
+        console.rule("the end")
+        flock_ray.destroy()
+
     def exit(self) -> None:
         console.rule("a bird leaves")
         name = self.names[-1]
@@ -226,28 +234,40 @@ def local_cluster(nodes: int) -> Iterator[tuple[Cluster, list[Any]]]:
             process.kill()
 
 
-def run(nodes: int, birds: int, light: bool) -> int:
+@contextmanager
+def running_cluster(address: str, nodes: int) -> Iterator[None]:
+    """A connection to a Ray cluster that runs; waits until it has this many nodes."""
+    ray.init(address, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        waiting("nodes", nodes, lambda: sum(node["Alive"] for node in ray.nodes()), deadline=600.0)  # type: ignore[no-untyped-call]  # as above
+        yield
+    finally:
+        ray.shutdown()
+
+
+def run(nodes: int, birds: int, light: bool, address: str = "") -> int:
     """Shows it all.
 
     Args:
         nodes: raylets, the head's included; at least 2.
         birds: to start; at least 2.
         light: light birds.
+        address: of a Ray cluster that runs, or `auto`: the demo waits until it has so many nodes. Empty: a cluster of its own.
 
     Returns:
         The exit code: 1 if a claim did not hold.
     """
     names = [f"bird:{i}" for i in range(1, birds + 1)]
     try:
-        console.print(f"starting a Ray cluster of {nodes} nodes")
-        with local_cluster(nodes) as (cluster, workers):
-            flock_ray.init()
-            show = Show(cluster, workers, names, light)
-            places = show.join(show.kill(show.start(nodes)))
-            show.crash(places)
-            show.exit()
-            console.rule("the end")
-            flock_ray.destroy()
+        show = Show(names, light)
+        if address:
+            with running_cluster(address, nodes):
+                show.end(show.start(nodes))
+        else:
+            console.print(f"starting a Ray cluster of {nodes} nodes")
+            with local_cluster(nodes) as (cluster, workers):
+                places = show.kill(show.start(nodes), cluster, workers)
+                show.end(show.join(places, cluster))
     except Broken as broken:
         console.print(f"The demo failed: {broken}.", style="bold red")
         return 1

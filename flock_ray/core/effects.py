@@ -93,7 +93,7 @@ class ProbeNode:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What cannot be placed, for Ray's autoscaler: bundles of resources (P2)."""
+    """What the cluster must have room for, for Ray's autoscaler: bundles of resources, of all birds while one cannot be placed (P2)."""
 
     bundles: tuple[tuple[tuple[str, float], ...], ...]
 

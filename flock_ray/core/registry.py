@@ -106,7 +106,7 @@ class Registry:
         self._conflicts: dict[Name, tuple[Dot, ...]] = {}
         self._untold: dict[Name, float] = {}  # conflicts that another node is to tell, and when this one does
         self._demanded: tuple[Any, ...] = ()
-        self._placed_seen: tuple[object, int] | None = None
+        self._placed_seen: tuple[object, int, bool] | None = None
 
     # The two ways in
 
@@ -514,7 +514,7 @@ class Registry:
     def placement_changed(self) -> None:
         """Placed names have new owners: like a view of its own, or answers given before could be taken for later ones (M3)."""
         placement = self.membership.placement
-        seen = (placement, self.replica.version)
+        seen = (placement, self.replica.version, bool(len(self.replica)))
         if seen == self._placed_seen:
             return
         self._placed_seen = seen
@@ -522,16 +522,23 @@ class Registry:
         if changed:
             self.membership.number += 1
             self.mark(changed)
-        lacking = sorted(record.spec.options.demand for _, record in self._unplaced(placement.table()))
-        if tuple(lacking) != self._demanded:
-            self._demanded = tuple(lacking)
-            self.effect(do.Demand(self._demanded))
+        demanded = self._demands(placement)
+        if demanded != self._demanded:
+            self._demanded = demanded
+            self.effect(do.Demand(demanded))
 
-    def _unplaced(self, table: Any) -> Iterable[tuple[Dot, Record]]:
-        for name, node in table.items():
-            winner = self.replica.winner(name)
-            if node is None and winner is not None:
-                yield winner
+    def _demands(self, placement: Placement) -> tuple[Any, ...]:
+        """What the cluster must have room for, if something is lacking: of all birds, for Ray compares it with all that there is."""
+        table, homeless = placement.table(), bool(len(self.replica)) and not any(placement.ring.weights.values())
+        if None not in table.values() and not homeless:
+            return ()
+        winners = filter(None, map(self.replica.winner, table))
+        return tuple(sorted([*(record.spec.options.demand for _, record in winners), *[(("CPU", 1.0),)] * homeless]))
+
+    @property
+    def lacks_nodes(self) -> bool:
+        """Are there birds that no nest of this view can run?"""
+        return bool(self._demanded)
 
     def _ask_barrier(self) -> None:
         if not self.membership.ready:

@@ -44,6 +44,7 @@ CALLS_BY_RAY = 10_000  # that a host of light birds has under way at a time
 BOOT_SECONDS = 90.0  # a nest is a new process on a machine that may be busy
 AWAY = (ray.exceptions.GetTimeoutError, ray.exceptions.RpcError)  # what Ray raises, after a minute, where its head does not answer
 _KV = b"flock_ray"
+_HEAD = "node:__internal_head__"  # a resource that the head node alone has
 _ACTOR_DEAD = 4  # Ray's ActorTableData.DEAD
 
 
@@ -88,6 +89,23 @@ def drop_address(life: str, node: str) -> None:
     internal_kv._internal_kv_del(f"address:{life}:{node}".encode(), namespace=_KV)
 
 
+def put_rest(life: str, node: str, number: int) -> None:
+    """Says that a node's nest, its life of this number, has left and is not to be started again as long as nobody needs it."""
+    internal_kv._internal_kv_put(f"rest:{life}:{node}".encode(), str(number).encode(), overwrite=True, namespace=_KV)
+
+
+def rests(life: str) -> dict[str, int]:
+    """The nodes whose nests rest, with the numbers of the lives that have left."""
+    prefix = f"rest:{life}:"
+    keys = internal_kv._internal_kv_list(prefix.encode(), namespace=_KV)
+    found = {key.decode().removeprefix(prefix): internal_kv._internal_kv_get(key, namespace=_KV) for key in keys}
+    return {node: int(number) for node, number in found.items() if number}
+
+
+def drop_rest(life: str, node: str) -> None:
+    internal_kv._internal_kv_del(f"rest:{life}:{node}".encode(), namespace=_KV)
+
+
 # Nodes
 
 
@@ -100,6 +118,7 @@ class Node:
     raylet_port: int
     resources: tuple[tuple[str, float], ...]
     labels: tuple[tuple[str, str], ...]
+    is_head: bool = False
 
     @property
     def cpus(self) -> float:
@@ -116,6 +135,7 @@ def nodes() -> dict[str, Node]:
             row["NodeManagerPort"],
             tuple(sorted((k, float(v)) for k, v in row["Resources"].items() if not k.startswith("node:"))),
             tuple(sorted(row.get("Labels", {}).items())),
+            _HEAD in row["Resources"],
         )
         for row in table
         if row["Alive"]

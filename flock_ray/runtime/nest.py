@@ -106,6 +106,7 @@ class Nest:
         self._early: list[ev.Event] = []
         self._ready = asyncio.Event()
         self._ending = False
+        self._rests = False
         self._log_lines = LogLines(logger)
         self._metrics = NestMetrics(self._record.flock, node)
         self._board: Board | None = None
@@ -114,6 +115,7 @@ class Nest:
         self._share: tuple[int, int] | None = None
         self._share_timer: asyncio.TimerHandle | None = None
         self._memory_low = False
+        self._needed_at = self._loop.time()  # when it last had a bird, or a request
         self._pinned: dict[str, float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._clock: Callable[[], float] = time.monotonic
@@ -179,6 +181,7 @@ class Nest:
             self._handle(crash)
         self._hosts.begin_spares()
         await self._in_thread(cluster.put_address, self._record.life, self._node, self._members.address)
+        await self._in_thread(cluster.drop_rest, self._record.life, self._node)
         logger.info("nest %s of flock %r is up, with %d adopted birds", life, self._record.flock, len(adopted))
 
     def _open_journal(self) -> tuple[int, tuple[bytes, ...]]:
@@ -260,6 +263,8 @@ class Nest:
                 if not await self._still_wanted():
                     return
                 await self._look_around()
+                if self._config.rest_after is not None and self._idle_for() >= self._config.rest_after:
+                    self._rest()
             except (ray.exceptions.RayError, RuntimeError, OSError, ValueError, TimeoutError) as error:
                 # The head cannot be reached, or a node went in the middle of it: birds go on, and the next look comes.
                 logger.warning("the look at Ray's node table failed and is repeated: %s", error)
@@ -268,20 +273,47 @@ class Nest:
     async def _look_around(self) -> None:
         """Ray's node table: adds nests on new nodes, and tells the core who is gone (M1)."""
         nodes = await self._in_thread(cluster.nodes)
+        resting = await self._resting()
         gone = set(self._nodes) - set(nodes)
         self._nodes = nodes
-        self._handle(ev.NodesListed(frozenset(nodes)))
+        self._handle(ev.NodesListed(frozenset(nodes) - set(resting)))
         for node in gone:
             self._peers.pop(node, None)
             await self._in_thread(cluster.drop_address, self._record.life, node)
+            await self._in_thread(cluster.drop_rest, self._record.life, node)
+        wakes = self._registry is not None and self._registry.lacks_nodes
         for node in nodes:
-            if node != self._node and node not in self._peers and not self._ending:
+            if node != self._node and node not in self._peers and (wakes or node not in resting) and not self._ending:
                 self._peers[node] = await self._in_thread(cluster.start_nest, self._record, node)
         low = psutil.virtual_memory().available < self._config.min_free_memory * psutil.virtual_memory().total
         if low != self._memory_low:
             self._memory_low = low
             self._handle(ev.MemoryLow(low))
         await self._keep_packages()
+
+    async def _resting(self) -> dict[str, int]:
+        """The nodes whose nests have left, which are dead to the others at once: there is nothing to wait for (M5)."""
+        if self._config.rest_after is None:
+            return {}
+        resting: dict[str, int] = await self._in_thread(cluster.rests, self._record.life)
+        for node, number in resting.items():
+            self._peers.pop(node, None)
+            self._handle(ev.NodeProbed(Life(node, number), "refused"))
+        return resting
+
+    def _idle_for(self) -> float:
+        """Seconds for which this nest has had no bird and nobody has asked it for anything; 0 on the head, which no autoscaler removes."""
+        node, registry = self._nodes.get(self._node), self._registry
+        idle = registry is not None and registry.membership.ready and not any(registry.holds.names()) and not registry.lacks_nodes
+        if node is None or node.is_head or not idle or self._replies:
+            self._needed_at = self._loop.time()
+        return self._loop.time() - self._needed_at
+
+    def _rest(self) -> None:
+        """Leaves a node without birds, so that Ray's autoscaler may remove it: an actor, whatever it asks for, keeps a node busy."""
+        logger.info("nest %s has had no birds for %g s and leaves its node", self._node[:8], self._config.rest_after)
+        self._ending = self._rests = True  # from here on it hatches nothing: the others may count it as dead
+        self._me.destroy.remote()
 
     async def _join(self) -> None:
         """Tells the failure detector of every address there is, again and again (M2); of those it knows also while the head is silent."""
@@ -444,7 +476,7 @@ class Nest:
             self._loop.call_later(CONFIRM, self._members.confirm, life)
 
     def _do_Demand(self, effect: do.Demand) -> None:
-        bundles = [dict(bundle) for bundle in effect.bundles]
+        bundles = [dict(bundle) for bundle in effect.bundles if bundle]  # labels alone cannot be asked for
         self._task(self._in_background(cluster.request_resources, bundles))
 
     def _do_Reply(self, effect: do.Reply) -> None:
@@ -530,6 +562,7 @@ class Nest:
 
     async def _outcomes(self, events: tuple[Any, ...]) -> list[ev.Outcome]:
         """How requests end, in order; of a start that was accepted anew, in many, just the dot."""
+        self._needed_at = self._loop.time()
         await self._booted.wait()
         if len(events) > MANY or self._steps.busy:  # in the order in which they came
             await self._steps.turn()
@@ -563,6 +596,7 @@ class Nest:
     async def routes(self, query: bytes) -> bytes:
         """Where birds can be called, of many names: waits a while for those that do not run yet. Answers a `Routes`."""
         names, timeout, dots = pickle.loads(query)
+        self._needed_at = self._loop.time()
         await self._ready.wait()
         registry = self._registry
         assert registry is not None
@@ -613,6 +647,7 @@ class Nest:
         kind, *rest = pickle.loads(query)
         if kind == "notices":
             return pickle.dumps(await self._noticed(*rest))
+        self._needed_at = self._loop.time()
         await self._ready.wait()
         registry = self._registry
         assert registry is not None
@@ -765,8 +800,9 @@ class Nest:
         await self._ready.wait()
 
     async def destroy(self) -> None:
-        """Ends all birds of this node in good order, and then this nest for good."""
-        if self._ending:
+        """Ends all birds of this node in good order, and then this nest for good; one that rests is started again when it is needed."""
+        rests, self._rests = self._rests, False
+        if self._ending and not rests:
             return
         self._ending = True
         for take in self._replies.values():
@@ -775,6 +811,8 @@ class Nest:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if rests and self._registry is not None:
+            await self._in_thread(cluster.put_rest, self._record.life, self._node, self._registry.me.number)
         if self._members is not None:
             await self._members.close()
         await self._in_thread(cluster.drop_address, self._record.life, self._node)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.splits.hosts import Network, why_not
+from tests.splits.hosts import Network
+from tests.support.namespaces import why_not
 
 
 @pytest.fixture(scope="module")

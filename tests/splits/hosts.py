@@ -1,12 +1,4 @@
-"""Hosts on one machine: each has its own network, processes and temp folder, and runs Ray and a driver. Needs root and Linux.
-
-    switch:  br0 ---- p1 ... p4        a split moves some of the ports to br1, or br2
-                      |      |
-    hosts:          eth0    eth0       10.77.0.1 ... 10.77.0.4
-
-No namespace here has a name, so none can be left behind: they live as long as the first process of a host, which ends when its stdin is
-closed, however this process ends. With it the kernel ends all other processes of the host; its temp folder is a tmpfs of its own.
-"""
+"""Four hosts on one machine whose network can be split: each runs Ray and a driver. Needs root and Linux."""
 
 from __future__ import annotations
 
@@ -14,7 +6,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -24,21 +15,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+from tests.support.namespaces import Place, Switch, address
 from tests.support.waiting import eventually
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ("unshare", "nsenter", "ip", "nft")
 BOOT = 180.0  # seconds, on a machine that has other things to do
 ANSWER = 60.0
-FIRST = """
-import os, signal, subprocess, sys
-for folder in sys.argv[1:]:
-    subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], check=True)
-subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # it inherits orphans, and waits for none
-print("up", flush=True)
-os.read(0, 1)
-"""
+PORTS = ("--metrics-export-port=8081", "--dashboard-agent-grpc-port=8082", "--runtime-env-agent-port=8083")  # else agents have 15 s
 SURVIVES = {  # how Ray is run where splits have to be survived (RAY_FACTS)
     "RAY_health_check_failure_threshold": "1000",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "3600",
@@ -58,59 +41,6 @@ class DriverError(Exception):
         self.kind = kind
 
 
-def why_not() -> str:
-    """Why no hosts can be made here; empty if they can."""
-    missing = [tool for tool in TOOLS if shutil.which(tool, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin") is None]
-    if missing:
-        return f"hosts on one machine need {', '.join(missing)} (util-linux, iproute2, nftables)"
-    if os.geteuid() != 0:
-        return "hosts on one machine need root: network namespaces are made"
-    tried = subprocess.run(
-        ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "ip", "link", "add", "br0", "type", "bridge"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return f"network namespaces cannot be made here: {tried.stderr.strip()}" if tried.returncode else ""
-
-
-class Place:
-    """The namespaces of one host, or of the switch, and their first process."""
-
-    def __init__(self, *folders: Path) -> None:
-        self._unshare = subprocess.Popen(
-            ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
-            + [sys.executable, "-S", "-c", FIRST, *map(str, folders)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,  # Ctrl-C is the test's
-        )
-        assert self._unshare.stdout is not None
-        assert self._unshare.stdout.readline() == "up\n", "a host's first process did not start"
-        self.pid = int(Path(f"/proc/{self._unshare.pid}/task/{self._unshare.pid}/children").read_text().split()[0])
-
-    def command(self, *command: str) -> list[str]:
-        return ["nsenter", "-t", str(self.pid), "--net", "--mount", "--pid", "--", *command]
-
-    def run(self, *command: str) -> str:
-        done = subprocess.run(self.command(*command), capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
-        return done.stdout
-
-    def close(self) -> None:
-        """Ends all its processes, and with them the namespaces."""
-        for pipe in (self._unshare.stdin, self._unshare.stdout):
-            assert pipe is not None
-            with contextlib.suppress(OSError):
-                pipe.close()
-        try:
-            self._unshare.wait(10)
-        except subprocess.TimeoutExpired:
-            self._unshare.kill()
-            self._unshare.wait()
-
-
 class Host(Place):
     """One host: its Ray, and a driver that does what it is told.
 
@@ -122,7 +52,7 @@ class Host(Place):
 
     def __init__(self, number: int, temp: Path, logs: Path) -> None:
         super().__init__(temp, Path("/dev/shm"))
-        self.number, self.ip = number, f"10.77.0.{number}"
+        self.number, self.ip = number, address(number)
         self.node = ""
         self._temp, self._logs = temp, logs
         self._ray_log = logs / f"ray{number}"
@@ -139,7 +69,14 @@ class Host(Place):
 
     def start_ray(self) -> None:
         where = ["--head", "--port=6379", "--include-dashboard=false"] if self.number == 1 else ["--address=10.77.0.1:6379"]
-        more = [f"--node-ip-address={self.ip}", "--num-cpus=2", "--object-store-memory=80000000", f"--temp-dir={self._temp}", "--block"]
+        more = [
+            f"--node-ip-address={self.ip}",
+            "--num-cpus=2",
+            "--object-store-memory=80000000",
+            f"--temp-dir={self._temp}",
+            "--block",
+            *PORTS,
+        ]
         with self._ray_log.open("w") as log:
             self._ray = self._start("-c", "from ray.scripts.scripts import main; main()", "start", *where, *more, stdout=log, stderr=log)
 
@@ -215,10 +152,7 @@ class Network:
         temp.mkdir(mode=0o700)
         self._places: list[Place] = []
         try:
-            self.switch = self._keep(Place())
-            for bridge in ("br0", "br1", "br2"):
-                self.switch.run("ip", "link", "add", bridge, "type", "bridge", "forward_delay", "0")
-                self.switch.run("ip", "link", "set", bridge, "up")
+            self.switch: Switch = self._keep(Switch("br0", "br1", "br2"))
             self.hosts = [self._plug(number, logs) for number in range(1, 5)]
             for host in self.hosts:  # one after the other: each has some seconds of CPU to do until it must have answered
                 host.start_ray()
@@ -236,31 +170,18 @@ class Network:
 
     def _plug(self, number: int, logs: Path) -> Host:
         host: Host = self._keep(Host(number, self.temp, logs))
-        port = f"p{number}"
-        # The switch has this machine's processes in its /proc no more: its own network is entered only.
-        done = subprocess.run(
-            ["nsenter", "-t", str(self.switch.pid), "--net", "ip", "link", "add", port]
-            + ["type", "veth", "peer", "name", "eth0", "netns", str(host.pid)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        self.switch.run("ip", "link", "set", port, "master", "br0", "up")
-        host.run("ip", "addr", "add", f"{host.ip}/24", "dev", "eth0")
-        host.run("ip", "link", "set", "eth0", "up")
-        host.run("ip", "route", "add", "default", "dev", "eth0")  # Ray finds out its address by a route to anywhere
+        self.switch.plug(host, number)
         return host
 
     def cut_off(self, *hosts: Host, bridge: str = "br1") -> float:
         """These hosts hear only each other, and who is on the same bridge. Returns when."""
         for host in hosts:
-            self.switch.run("ip", "link", "set", f"p{host.number}", "master", bridge)
+            self.switch.move(host.number, bridge)
         return time.monotonic()
 
     def heal(self) -> float:
         for host in self.hosts:
-            self.switch.run("ip", "link", "set", f"p{host.number}", "master", "br0")
+            self.switch.move(host.number, "br0")
             host.no_rules()
         return time.monotonic()
 

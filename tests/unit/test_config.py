@@ -60,7 +60,7 @@ def test_zero_is_refused_unless_it_means_something(setting: str) -> None:
 
 @pytest.mark.parametrize("setting", NUMBERS)
 def test_none_is_refused_unless_it_means_something(setting: str) -> None:
-    if setting in ("call_timeout", "max_birds", "light_hosts"):
+    if setting in ("call_timeout", "max_birds", "light_hosts", "rest_after"):
         assert getattr(with_one(setting, None), setting) is None
     else:
         with pytest.raises(ValueError, match=f"^{setting} must be a number, not None$"):

@@ -49,6 +49,34 @@ def test_that_a_node_once_had_cpus_is_heard_of_peers_and_makes_another_view():
     assert answer.outlook.had_cpus, "and it is told on"
 
 
+def demands(effects: list[do.Effect]) -> list[tuple]:
+    return [effect.bundles for effect in effects if isinstance(effect, do.Demand)]
+
+
+def test_the_autoscaler_is_asked_for_room_for_all_birds_while_one_has_none():
+    """Found with Ray's fake provider: asked for the pending bird alone it said that the cluster has such a node, where another bird was."""
+    nest = Registry(ME, Config(), lambda: 0.5)
+    nest.handle(ev.Booted(NodeRecord(ME, 2.0, (("perch", 1.0),))), 0.0)
+    nest.handle(ev.NodesListed(frozenset(["a"])), 0.1)
+    perching = Options(resources=(("perch", 1.0),))
+    assert demands(nest.handle(start(1, perching), 0.2)) == []
+    assert not nest.lacks_nodes
+    both = ((("perch", 1.0),), (("perch", 1.0),))
+    assert demands(nest.handle(start(2, perching), 0.3)) == [both]
+    assert nest.lacks_nodes
+    assert demands(nest.handle(ev.Stop("s", "bird-2"), 0.4)) == [()]
+    assert not nest.lacks_nodes
+
+
+def test_birds_without_demands_ask_for_a_node_with_cpus_where_only_a_head_without_is_left():
+    nest = lone_nest(cpus=0.0)
+    ask = msg.SyncAsk(1, Hashes(), 0, msg.Outlook(frozenset([PEER]), (), (), had_cpus=True))
+    effects = nest.handle(ev.Received(msg.Envelope(PEER, 1, accepts=False, body=ask)), 0.2)
+    assert demands(effects) == []
+    assert demands(nest.handle(start(1), 0.3)) == [((("CPU", 1.0),),)]
+    assert nest.lacks_nodes
+
+
 def test_a_nest_that_waits_for_others_before_it_is_ready_does_not_wake_all_the_time():
     """Found with a profile of the simulator: seven of ten events were ticks, of nests whose time to be ready alone had long passed."""
     config = Config()
