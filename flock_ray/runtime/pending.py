@@ -194,12 +194,12 @@ class Pending:
                 return
             self.outcome, self.finished = outcome, True
             teller, self._teller = self._teller, None
-        if self.called_at and self.way is not None and isinstance(outcome, Opened):
-            self.lane.client.metrics.note(self.way.link.path, time.perf_counter() - self.called_at)
         if self.due_with is not None:
             self.due_with.discard(self)
         if teller is not None:
             teller()
+        if self.called_at and self.way is not None and isinstance(outcome, Opened):
+            self.lane.client.metrics.note(self.way.link.path, time.perf_counter() - self.called_at)
 
     def when_finished(self, teller: Callable[[], object]) -> None:
         """Has this called, in some thread where it must not block, once there is an outcome."""

@@ -89,6 +89,8 @@ class Message:
 class FakeHost:
     """Runs what it gets at once and answers with the first argument; or keeps it, while `holds`."""
 
+    path = "unix"
+
     def __init__(self, clock: Callable[[], float]) -> None:
         self.holds = False
         self.gone = False
