@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 import ray
+
+hypothesis.settings.register_profile("busy", deadline=None)  # others have the CPUs too: how long one example takes says nothing
+hypothesis.settings.load_profile("busy")
 
 
 @pytest.fixture(autouse=True)

@@ -65,7 +65,7 @@ def test_ctrl_c_ends_it_and_its_processes():
             time.sleep(0.1)
         children = parent.children(recursive=True)
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=60)
         assert process.returncode == 130
         assert "Interrupted" in out
         _, alive = psutil.wait_procs(children, timeout=10)
