@@ -33,6 +33,7 @@ READ_SECONDS = 30.0  # how long a nest may be away before a look into its replic
 AT_ONCE = 250  # requests in a message: some 5 ms of a nest's time
 PARTS = 4  # such messages under way
 TOLD = 2.0  # seconds within which all nests have heard of a stop
+MANY = 10_000  # names: for so many to ask all nests is worth `TOLD` seconds
 OTHER = 10.0  # seconds another nest is given, before this node's is asked: it may hang
 PATIENCE = 1.0  # seconds a nest is asked to wait for many birds to run, until it is asked again
 REMEMBERED = 65_536  # names whose last dot is kept
@@ -140,7 +141,10 @@ class Asks:
 
     async def _nests_of(self, names: Sequence[Name]) -> list[tuple[NestLink | None, list[int]]]:
         """Whom to ask about the names, by their places: this node's (`None`) while only it may know what this process stopped (C3)."""
-        if self._clock() - self._stopped_at < TOLD:
+        left = self._stopped_at + TOLD - self._clock()
+        if left > 0 and len(names) >= MANY:
+            await asyncio.sleep(left)
+        elif left > 0:
             return [(None, list(range(len(names))))]
         return await self._owners.of(names)
 
@@ -255,13 +259,17 @@ class Asks:
     async def _ask_many(
         self, events: Sequence[Request], groups: Sequence[tuple[NestLink | None, list[int]]], until: float, came: Came
     ) -> list[Any]:
-        """Asks nests, each of its group, in parts, of which some are under way at a time: a nest answers others in between."""
+        """Asks nests, each of its group, in parts, of which some are under way at a time: a nest answers others in between.
+
+        There is as much time for each part as there is until `until` now: 100,000 starts may take longer than one may.
+        """
         outcomes: list[Any] = [None] * len(events)
+        patience = until - self._clock()
 
         async def part(nest: NestLink | None, places: Sequence[int], at_once: asyncio.Semaphore) -> None:
             packed = pickle.dumps(tuple(events[place] for place in places), protocol=5)
             async with at_once:
-                raw = await self._deliver(lambda nest: nest.ask(packed), until, nest)
+                raw = await self._deliver(lambda nest: nest.ask(packed), self._clock() + patience, nest)
             came(len(places))
             if raw is not None:
                 for place, outcome in zip(places, pickle.loads(raw.message), strict=True):
