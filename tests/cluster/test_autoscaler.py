@@ -40,6 +40,29 @@ def scaled(request: pytest.FixtureRequest) -> Iterator[Autoscaled]:
 
 
 @pytest.mark.own_process("birds with demands have a process of their own")
+def test_a_nest_at_rest_comes_back_for_a_bird_that_fits_nowhere_else() -> None:
+    """The first in this file: `scaled` stays connected until its end."""
+    ground = Flyground(2, resources={"head": 1})
+    try:
+        node = ground.add(resources={"perch": 1}).node_id
+        flock_ray.init(rest_after=1.0)
+        eventually(lambda: len(flock_ray.nests()) == 3, "all nests are there", SOON)
+        eventually(lambda: len(flock_ray.nests()) == 1, "those of nodes without birds have left, but the head's has not", SOON)
+        plain = flock_ray.start("plain", Counter)
+        assert plain.add.options(timeout=SOON)(1) == 1
+        assert ray.get(add_there.remote("plain"), timeout=SOON) == 2, "who is on a node without a nest asks another's"
+        assert len(flock_ray.nests()) == 1
+        flock_ray.stop(plain)  # else the ring might give it to a nest that comes back, which would stay for it
+        bird = flock_ray.options(**PERCH).start("perching", Counter)
+        assert bird.add.options(timeout=SOON)(1) == 1
+        assert flock_ray.where(bird) == node
+        flock_ray.stop(bird)
+        eventually(lambda: node not in {nest.node_id for nest in flock_ray.nests()}, "its nest leaves again", SOON)
+    finally:
+        ground.close()
+
+
+@pytest.mark.own_process("birds with demands have a process of their own")
 def test_birds_that_need_nodes_bring_them_and_without_birds_they_go(scaled: Autoscaled) -> None:
     flock = flock_ray.Flock("resting")
     flock.init(rest_after=2.0)
@@ -71,25 +94,3 @@ def test_a_nest_that_stays_keeps_its_node_busy(scaled: Autoscaled) -> None:
     assert "Busy workers on node." in worker.node_activity
     flock.destroy()
     eventually(lambda: scaled.workers() == [], "without its nest the node is removed", SOON)
-
-
-@pytest.mark.own_process("birds with demands have a process of their own")
-def test_a_nest_at_rest_comes_back_for_a_bird_that_fits_nowhere_else() -> None:
-    ground = Flyground(2, resources={"head": 1})
-    try:
-        node = ground.add(resources={"perch": 1}).node_id
-        flock_ray.init(rest_after=1.0)
-        eventually(lambda: len(flock_ray.nests()) == 3, "all nests are there", SOON)
-        eventually(lambda: len(flock_ray.nests()) == 1, "those of nodes without birds have left, but the head's has not", SOON)
-        plain = flock_ray.start("plain", Counter)
-        assert plain.add.options(timeout=SOON)(1) == 1
-        assert ray.get(add_there.remote("plain"), timeout=SOON) == 2, "who is on a node without a nest asks another's"
-        assert len(flock_ray.nests()) == 1
-        flock_ray.stop(plain)  # else the ring might give it to a nest that comes back, which would stay for it
-        bird = flock_ray.options(**PERCH).start("perching", Counter)
-        assert bird.add.options(timeout=SOON)(1) == 1
-        assert flock_ray.where(bird) == node
-        flock_ray.stop(bird)
-        eventually(lambda: node not in {nest.node_id for nest in flock_ray.nests()}, "its nest leaves again", SOON)
-    finally:
-        ground.close()
