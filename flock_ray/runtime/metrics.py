@@ -2,7 +2,8 @@
 
 Rules kept here: each name is `METRICS`' and nowhere else; a nest gives what it has every `EVERY` seconds; a call is only noted in its
 process, for 0.5 us of its 40 (measured), and told to Ray by the courier's thread, for Ray takes 3 us for each value. So the times are
-those of a sample, `SAMPLES` a second, and the number of calls is exact.
+those of a sample, `SAMPLES` a second, and the number of calls is that of all, but for a
+few that two threads count at the same moment.
 """
 
 from __future__ import annotations

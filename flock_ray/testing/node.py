@@ -36,7 +36,6 @@ from flock_ray.runtime.listener import Caller, Work
 from flock_ray.runtime.nest import PROBE, Nest
 from flock_ray.runtime.processes import LIGHT, Kind, Process, Processes
 from flock_ray.runtime.recorder import Recorder
-from flock_ray.runtime.replies import Down
 from flock_ray.runtime.timers import Entry, Scheduler
 from flock_ray.specs import Dot, Life, Name, NodeRecord, Options, name_hash
 from flock_ray.testing.steady import Id, plain
@@ -292,12 +291,6 @@ class LocalProcesses(Processes):
         host = self.hosts.get(process.host)
         if host is not None:
             host.order(order)
-
-    async def ask(self, process: Process, order: object) -> bytes:
-        host = self.hosts.get(process.host)
-        if host is None:
-            raise Down("it has ended", ran=False)
-        return host.obey(order)
 
     def watch(self, process: Process, pid: int) -> None:
         process.pid = pid

@@ -176,9 +176,8 @@ def test_events_are_followed(shell, flyground):
     process = subprocess.Popen([*COMMAND, "events", "-f", "--json"], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=shell._environment)
     try:
         flock_ray.options(light=True).start("followed", Counter)
-        for line in process.stdout:
-            if json.loads(line).get("name") == "followed" and json.loads(line)["kind"] == "BirdRunning":
-                break
+        told = (json.loads(line) for line in process.stdout)
+        assert any(one.get("name") == "followed" and one["kind"] == "BirdRunning" for one in told), "it has ended without telling"
     finally:
         process.kill()
         process.wait()
