@@ -60,6 +60,9 @@ class Network(Protocol):
     def found(self, source: Node, node: str) -> ev.Found:
         """What a look at the port of a node's raylet finds."""
 
+    def nest_on(self, source: Node, flock: str, node: str) -> LocalNest | None:
+        """The nest of another node, if it can be reached."""
+
     def starts_afresh(self, node: Node, flock: str) -> None:
         """The nest has to join as new."""
 
@@ -238,6 +241,10 @@ class LocalNest(Nest):
         if found == "silent":
             await asyncio.sleep(PROBE)
         self._handle(ev.NodeProbed(life, found))
+
+    async def _another(self, node: str, *query: object) -> Any:
+        nest = self._place.network.nest_on(self._place, self._record.flock, node)
+        return None if nest is None else pickle.loads(await nest.read(pickle.dumps(query)))
 
     def _do_Demand(self, effect: do.Demand) -> None:
         """There is no autoscaler; `flock.add_node(...)` adds nodes."""

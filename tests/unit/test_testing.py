@@ -829,3 +829,11 @@ def test_the_plugin_loads_nothing_before_a_test_asks_for_it():
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
     assert "ray" not in [name.split(".")[0] for name in eval(loaded)]
     assert not [name for name in eval(loaded) if name.startswith("flock_ray.")]
+
+
+def test_what_a_bird_does_is_not_said_wherever_it_is(flock):
+    for number in range(4):
+        flock.start(number, Counter)
+        flock.wait(number)
+        with pytest.raises(flock_ray.BirdUnavailable, match="a debugger shows them"):
+            flock.stack(number)
